@@ -1,0 +1,171 @@
+"""A flow: a backbone on a path, as samplers see it. One call is one network evaluation.
+
+N samples; S the shape of one sample.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pathline.core.checks import check_finite, check_labels, check_times
+from pathline.core.errors import InputError, InputTypeError
+from pathline.interpolants.base import Coefficients, Interpolant, Kind, broadcast, check_kinds, derive
+
+__all__ = ["BaseFlow", "Flow", "Prediction"]
+
+Conditions = Mapping[str, Any]
+
+
+class Prediction:
+    """What a network says at (x, t), as velocity, score, noise or data, each of shape (N, *S).
+
+    Each is computed when first asked for, in x's precision.
+    """
+
+    def __init__(self, value: Tensor, x: Tensor, t: Tensor, interpolant: Interpolant, kind: Kind = "velocity") -> None:
+        self.value, self.x, self.t, self.interpolant, self.kind = value, x, t, interpolant, kind
+
+    @cached_property
+    def coefficients(self) -> Coefficients:
+        """The path's coefficients at t, shaped to multiply x."""
+        return Coefficients(*(broadcast(c, self.x) for c in self.interpolant.evaluate(self.t)))
+
+    def _as(self, target: Kind) -> Tensor:
+        if target == self.kind:
+            return self.value
+        return derive(self.value, self.x, self.coefficients, self.kind, target)
+
+    @cached_property
+    def velocity(self) -> Tensor:
+        """Expected dx/dt given x."""
+        return self._as("velocity")
+
+    @cached_property
+    def score(self) -> Tensor:
+        """∇ log p_t(x)."""
+        return self._as("score")
+
+    @cached_property
+    def noise(self) -> Tensor:
+        """Expected noise given x."""
+        return self._as("noise")
+
+    @cached_property
+    def data(self) -> Tensor:
+        """Expected data given x."""
+        return self._as("data")
+
+
+class BaseFlow(ABC):
+    """What a solver needs of a flow; guidance gives flows of this form back."""
+
+    interpolant: Interpolant
+    backbone: nn.Module
+    predicts: Kind
+
+    @property
+    @abstractmethod
+    def nfe(self) -> int:
+        """Network calls made so far; a guided call on a doubled batch is one."""
+
+    @abstractmethod
+    def evaluate(self, x: Tensor, t: Tensor, conditions: Conditions) -> Prediction:
+        """Evaluate without checks: t (N,) on x's device, or () on the host. For loops; others call the flow."""
+
+    @abstractmethod
+    def check(self, x: Tensor, conditions: Conditions) -> None:
+        """Check state and conditions once, before a solve. Raises InputError or InputTypeError."""
+
+    @abstractmethod
+    def given(self, **conditions: Any) -> BaseFlow:
+        """Return this flow with conditions bound, as ``flow.given(label=labels)``."""
+
+    def __call__(self, x: Tensor, t: Tensor | float, **conditions: Any) -> Prediction:
+        """Evaluate the network once.
+
+        Args:
+            x: state x_t, shape (N, *S).
+            t: times in [0, 1], shape (N,) or ().
+            conditions: named tensors for the backbone, as ``label`` of shape (N,).
+
+        Raises:
+            InputError: wrong shapes, values out of range, or not finite.
+        """
+        self.check(x, conditions)
+        times = check_times(t, len(x))
+        return self.evaluate(x, times.to(x.device) if times.ndim else times, conditions)
+
+
+class Flow(BaseFlow):
+    """A backbone on a path.
+
+    Args:
+        backbone: ``backbone(x, t, **conditions)`` of x's shape; see ``pathline.backbones``.
+        interpolant: the path it was trained on.
+        predicts: what it predicts: ``velocity``, ``score``, ``noise`` or ``data``.
+    """
+
+    def __init__(self, backbone: nn.Module, interpolant: Interpolant, predicts: Kind = "velocity") -> None:
+        if not callable(backbone):
+            raise InputTypeError(f"got a {type(backbone).__name__} for a backbone, expected a module")
+        if not isinstance(interpolant, Interpolant):
+            raise InputTypeError(
+                f"got {interpolant!r} for an interpolant, expected an Interpolant; use interpolants.build(name)"
+            )
+        check_kinds(predicts)
+        self.backbone, self.interpolant, self.predicts = backbone, interpolant, predicts
+        self._bound: dict[str, Any] = {}
+        self._calls = [0]
+
+    @property
+    def nfe(self) -> int:
+        """Network calls made so far, those of bound copies included."""
+        return self._calls[0]
+
+    def given(self, **conditions: Any) -> Flow:
+        """Return this flow with conditions bound; those given later at a call go first."""
+        bound = Flow(self.backbone, self.interpolant, self.predicts)
+        bound._bound, bound._calls = {**self._bound, **conditions}, self._calls
+        return bound
+
+    def check(self, x: Tensor, conditions: Conditions) -> None:
+        """Check that x is finite and of the backbone's shape and that labels are in range."""
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            came = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise InputTypeError(f"got a state of type {came}, expected a floating-point tensor of shape (N, *S)")
+        shape = getattr(self.backbone, "input_shape", None)
+        if x.ndim < 1 or (shape is not None and tuple(x.shape[1:]) != tuple(shape)):
+            wanted = "(N, *S)" if shape is None else f"(N, {', '.join(map(str, shape))})"
+            raise InputError(f"got a state of shape {tuple(x.shape)}, expected {wanted}")
+        check_finite(x, "the state")
+        label = {**self._bound, **conditions}.get("label")
+        num_classes = getattr(self.backbone, "num_classes", None)
+        if label is not None and num_classes is not None:
+            null = getattr(self.backbone, "null_label", None) is not None
+            check_labels(label, len(x), num_classes, null=null)
+
+    def evaluate(self, x: Tensor, t: Tensor, conditions: Conditions) -> Prediction:
+        """Call the network in its own precision; the prediction comes back in x's."""
+        dtype = self._network_dtype
+        precision = torch.promote_types(dtype, torch.float32) if dtype else x.dtype
+        times = t.to(x.device, precision).expand(len(x))
+        value = self.backbone(x if dtype is None else x.to(dtype), times, **{**self._bound, **conditions})
+        if value.shape != x.shape:
+            raise InputError(
+                f"got a prediction of shape {tuple(value.shape)} from the backbone, expected {tuple(x.shape)}"
+            )
+        self._calls[0] += 1
+        return Prediction(value.to(x.dtype), x, t, self.interpolant, self.predicts)
+
+    @cached_property
+    def _network_dtype(self) -> torch.dtype | None:
+        """Precision of the backbone's parameters; None without parameters: the state's own."""
+        parameters = getattr(self.backbone, "parameters", None)
+        floats = (p.dtype for p in parameters() if p.is_floating_point()) if parameters else iter(())
+        return next(floats, None)
