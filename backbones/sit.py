@@ -1,0 +1,166 @@
+"""SiT: the class-conditional transformer of scalable interpolant transformers (arXiv:2401.08740; trunk of DiT)."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor, nn
+
+from pathline.backbones.base import Trunk, pair, registry
+from pathline.backbones.layers import (
+    Block,
+    Head,
+    LabelEmbedding,
+    PatchEmbedding,
+    ScalarEmbedding,
+    position_table,
+    unpatchify,
+)
+from pathline.core.errors import InputError
+
+__all__ = ["SIZES", "SiT", "Size", "resolve_size"]
+
+SizeName = Literal["S", "B", "L", "XL"]
+
+
+class Size(NamedTuple):
+    """Width, heads and blocks of a named model."""
+
+    hidden_size: int
+    num_heads: int
+    depth: int
+
+
+SIZES: dict[str, Size] = {
+    "S": Size(384, 6, 12),
+    "B": Size(768, 12, 12),
+    "L": Size(1024, 16, 24),
+    "XL": Size(1152, 16, 28),
+}
+
+
+@registry.register("sit")
+class SiT(Trunk):
+    """A transformer over patches, modulated by time and class label.
+
+    Args:
+        size: S, B, L or XL (SiT's table); sets the three below, of which ``depth`` alone may be given as well.
+        hidden_size: width D, a multiple of 4 and of the heads.
+        depth: number of blocks.
+        num_heads: attention heads.
+        input_size: side of the image or latent, or (height, width); multiples of the patch.
+        patch_size: side of a patch.
+        in_channels: channels of the image or latent.
+        num_classes: class labels 0 … num_classes − 1; num_classes is the null label; 0 for an unconditional network.
+        mlp_ratio: width of a block's MLP over D.
+        query_key_norm: normalise each head's queries and keys; off in the released weights.
+
+    Raises:
+        InputError: sizes that do not fit one another.
+    """
+
+    def __init__(
+        self,
+        *,
+        size: SizeName | None = None,
+        hidden_size: int | None = None,
+        depth: int | None = None,
+        num_heads: int | None = None,
+        input_size: int | tuple[int, int] = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        num_classes: int = 1000,
+        mlp_ratio: float = 4.0,
+        query_key_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        width, heads, blocks = resolve_size(size, hidden_size, num_heads, depth, SIZES)
+        height_in, width_in = pair(input_size, "input_size")
+        _check_sizes(width, heads, blocks, (height_in, width_in), patch_size, in_channels, num_classes)
+        self.hidden_size, self.num_heads, self.patch_size = width, heads, patch_size
+        self.num_classes, self.null_label = num_classes, num_classes or None
+        self.input_shape = (in_channels, height_in, width_in)
+        self.grid = (height_in // patch_size, width_in // patch_size)
+        self.patches = PatchEmbedding(in_channels, patch_size, width)
+        self.register_buffer("positions", position_table(width, *self.grid))
+        self.time = ScalarEmbedding(width)
+        self.labels = LabelEmbedding(num_classes, width) if num_classes else None
+        self.blocks = nn.ModuleList(
+            Block(width, heads, mlp_ratio, query_key_norm=query_key_norm) for _ in range(blocks)
+        )
+        self.head = self.new_head()
+
+    positions: Tensor
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Return the patch tokens with their positions, (N, T, D)."""
+        tokens: Tensor = self.patches(x)
+        return tokens + self.positions.to(tokens.dtype)
+
+    def condition(self, t: Tensor, *, label: Tensor | None = None, **conditions: Any) -> Tensor:
+        """Return the time embedding plus the label's, (N, D)."""
+        if conditions:
+            raise InputError(f"got conditions {sorted(conditions)}, expected label alone; leave them out")
+        embedded: Tensor = self.time(t)
+        return embedded if self.labels is None or label is None else embedded + self.labels(label)
+
+    def new_head(self) -> Head:
+        """Return a fresh velocity head, zero at first."""
+        channels = (self.input_shape or (0,))[0]
+        return Head(self.hidden_size, self.patch_size**2 * channels)
+
+    def unpatchify(self, tokens: Tensor) -> Tensor:
+        """Turn (N, T, p·p·C) into (N, C, H, W)."""
+        return unpatchify(tokens, self.grid[0], self.patch_size)
+
+    def forward(self, x: Tensor, t: Tensor, *, label: Tensor | None = None) -> Tensor:
+        """Predict one tensor of x's shape.
+
+        Args:
+            x: images or latents, (N, C, H, W).
+            t: times in [0, 1], (N,) or ().
+            label: class labels, (N,); required unless num_classes is 0.
+
+        Raises:
+            InputError: wrong shapes, or a missing label.
+            InputTypeError: labels that are not integers.
+        """
+        self.check_inputs(x, t, label)
+        tokens, context = self.embed(x), self.context()
+        condition = self.condition(t.expand(len(x)), label=label)
+        for block in self.blocks:
+            tokens, context = block(tokens, context, condition)
+        return self.unpatchify(self.head(tokens, condition))
+
+
+def resolve_size(
+    size: str | None, hidden_size: int | None, num_heads: int | None, depth: int | None, table: dict[str, Size]
+) -> Size:
+    """Return width, heads and depth, from a named size or from the three numbers.
+
+    Raises:
+        InputError: neither, both, or an unknown size.
+    """
+    if size is None:
+        if hidden_size is None or num_heads is None or depth is None:
+            raise InputError("got no size; give size='S', 'B', 'L' or 'XL', or hidden_size, num_heads and depth")
+        return Size(hidden_size, num_heads, depth)
+    if size not in table:
+        raise InputError(f"got size {size!r}, expected one of {', '.join(table)}")
+    if hidden_size is not None or num_heads is not None:
+        raise InputError(f"got size {size!r} beside hidden_size or num_heads; give one or the other")
+    return table[size]._replace(**({} if depth is None else {"depth": depth}))
+
+
+def _check_sizes(
+    width: int, heads: int, depth: int, image: tuple[int, int], patch: int, channels: int, classes: int
+) -> None:
+    if min(width, heads, depth, patch, channels) < 1 or classes < 0:
+        raise InputError(
+            f"got hidden_size {width}, num_heads {heads}, depth {depth}, patch_size {patch}, in_channels {channels}, "
+            f"num_classes {classes}; expected positive numbers (num_classes may be 0)"
+        )
+    if width % heads:
+        raise InputError(f"got hidden_size {width} and num_heads {heads}; the heads must divide the width")
+    if any(side % patch for side in image):
+        raise InputError(f"got input_size {image} and patch_size {patch}; the patch must divide both sides")
