@@ -1,0 +1,156 @@
+"""What every objective shares: draws in, loss out. Everything random comes from the draws.
+
+N samples; S the shape of one sample.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pathline.core.checks import check_finite, check_labels
+from pathline.core.draws import BoundDraws, Draws
+from pathline.core.errors import InputError, InputTypeError
+from pathline.core.registry import Registry
+from pathline.interpolants.base import Interpolant
+from pathline.objectives import times as time_laws
+from pathline.objectives.times import TimeLawSpec
+
+__all__ = ["Loss", "Objective", "registry", "squared_error"]
+
+
+class Loss(NamedTuple):
+    """A loss and what it is made of.
+
+    Attributes:
+        total: mean over N of Σ weight·term, 0-dimensional, float32; call ``backward`` on it.
+        terms: name -> (N,), before their weights.
+        details: name -> (N,), detached, for the log only; ``velocity`` is the error of the prediction used to sample.
+    """
+
+    total: Tensor
+    terms: Mapping[str, Tensor]
+    details: Mapping[str, Tensor]
+
+
+class Objective(ABC):
+    """A training objective on a path.
+
+    Args:
+        interpolant: the path.
+        times: law of the training times: a name, ``{"name": …, **options}`` or an instance.
+        label_dropout: probability that a label is replaced by the backbone's null label, in [0, 1]; 0.1 as in SiT.
+
+    Raises:
+        InputError: label_dropout out of range.
+        InputTypeError: the interpolant is none.
+    """
+
+    weights: Mapping[str, float]
+    """Weight of each term in the total."""
+
+    def __init__(self, interpolant: Interpolant, *, times: TimeLawSpec = "uniform", label_dropout: float = 0.1) -> None:
+        if not isinstance(interpolant, Interpolant):
+            raise InputTypeError(
+                f"got {interpolant!r} for an interpolant, expected an Interpolant; use interpolants.build(name)"
+            )
+        if not 0 <= label_dropout <= 1:
+            raise InputError(f"got label_dropout {label_dropout}, expected a probability in [0, 1]")
+        self.interpolant, self.label_dropout = interpolant, label_dropout
+        self.times = time_laws.build(times)
+
+    def __call__(
+        self,
+        backbone: nn.Module,
+        data: Tensor,
+        draws: BoundDraws | None = None,
+        *,
+        features: Sequence[Tensor] = (),
+        **conditions: Any,
+    ) -> Loss:
+        """Evaluate the loss of a batch.
+
+        Args:
+            backbone: called once, ``backbone(x, t, **conditions)``.
+            data: clean samples, (N, *S), any device.
+            draws: source of times, noise and label dropout for N sample ids; None takes one seed from torch's
+                generator and ids 0 … N − 1.
+            features: encoder tokens for alignment, one (N, T, dim) tensor an encoder; not passed to the backbone.
+            conditions: what the backbone takes, as ``label`` of shape (N,).
+
+        Raises:
+            InputError: wrong shapes, values out of range or not finite (values are read on the host only).
+            InputTypeError: wrong types.
+        """
+        draws = draws or Draws.from_torch().at(range(len(data)))
+        self._check(backbone, data, draws, conditions)
+        noise = draws.normal("noise", data.shape[1:]).to(data)
+        kept = self._drop_labels(backbone, draws, conditions)
+        return self.loss(backbone, data, noise, draws, tuple(features), kept)
+
+    @abstractmethod
+    def loss(
+        self,
+        backbone: nn.Module,
+        data: Tensor,
+        noise: Tensor,
+        draws: BoundDraws,
+        features: tuple[Tensor, ...],
+        conditions: Mapping[str, Any],
+    ) -> Loss:
+        """Evaluate the loss of checked inputs; labels have been dropped."""
+
+    def combine(self, terms: Mapping[str, Tensor], details: Mapping[str, Tensor]) -> Loss:
+        """Return the loss of weighted terms: the mean over samples of Σ weight·term."""
+        total = sum((self.weights[name] * term for name, term in terms.items()), start=torch.zeros(()))
+        return Loss(total.mean(), terms, {name: value.detach() for name, value in details.items()})
+
+    def _check(self, backbone: nn.Module, data: Tensor, draws: BoundDraws, conditions: Mapping[str, Any]) -> None:
+        if not isinstance(data, Tensor) or not data.is_floating_point() or data.ndim < 2 or not len(data):
+            came = f"{data.dtype} {tuple(data.shape)}" if isinstance(data, Tensor) else type(data).__name__
+            raise InputTypeError(f"got data {came}, expected a floating-point tensor (N, *S) with N > 0")
+        if len(draws) != len(data):
+            raise InputError(f"got draws for {len(draws)} samples beside {len(data)}; bind one sample id a sample")
+        if data.device.type == "cpu":
+            check_finite(data, "data")
+        label, num_classes = conditions.get("label"), _attribute(backbone, "num_classes")
+        if label is not None and num_classes is not None:
+            check_labels(label, len(data), num_classes, null=_attribute(backbone, "null_label") is not None)
+
+    def _drop_labels(self, backbone: nn.Module, draws: BoundDraws, conditions: Mapping[str, Any]) -> dict[str, Any]:
+        """Replace labels by the null label with the probability label_dropout (arXiv:2207.12598)."""
+        kept = dict(conditions)
+        label = kept.get("label")
+        if label is None or not self.label_dropout:
+            return kept
+        null = _attribute(backbone, "null_label")
+        if null is None:
+            raise InputError(
+                f"got labels and label_dropout {self.label_dropout} for a backbone without a null label; "
+                "set label_dropout=0, or give the backbone a null label"
+            )
+        dropped = draws.uniform("label dropout") < self.label_dropout
+        kept["label"] = label.masked_fill(dropped.to(label.device), null)
+        return kept
+
+
+registry: Registry[Objective] = Registry("objective", "objectives", Objective)
+
+
+def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
+    """Return the mean squared error of each sample, (N,), in float32 or wider whatever the network's precision."""
+    if prediction.shape != target.shape:
+        raise InputError(
+            f"got a prediction of shape {tuple(prediction.shape)} from the backbone, expected {tuple(target.shape)}"
+        )
+    precision = torch.promote_types(prediction.dtype, torch.float32)
+    return (prediction.to(precision) - target).square().flatten(1).mean(1)
+
+
+def _attribute(backbone: nn.Module, name: str) -> Any:
+    """Read a backbone's attribute, through a data-parallel wrapper if there is one."""
+    return getattr(backbone, name, getattr(getattr(backbone, "module", None), name, None))
