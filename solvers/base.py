@@ -1,0 +1,237 @@
+"""What every solver shares: the entry checks, the result, and what happens when a solve fails.
+
+N samples; S the shape of one sample. Times are float64 on the host; the state keeps the float type it came in.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pathline.core.draws import Draws
+from pathline.core.errors import InputError, InputTypeError, OpenEndError, SolverError
+from pathline.core.flow import BaseFlow, Prediction
+from pathline.core.registry import Registry
+from pathline.interpolants.base import Kind
+from pathline.solvers import grids
+from pathline.solvers.grids import GridSpec
+
+__all__ = ["FixedStep", "Run", "Solution", "Solver", "registry"]
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The result of a solve, with its evidence.
+
+    Attributes:
+        x: samples, (N, *S).
+        nfe: network calls; a guided call on a doubled batch is one.
+        times: the times at which the network was called, float64.
+        seed: of the noise drawn on the way; the same whether the solver draws any or not.
+        trajectory: states at the grid points, both ends included, (steps + 1, N, *S); None unless asked for.
+    """
+
+    x: Tensor
+    nfe: int
+    times: Tensor
+    seed: int
+    trajectory: Tensor | None = None
+
+
+@dataclass
+class Run:
+    """One solve under way: the flow, its conditions, and what is recorded."""
+
+    flow: BaseFlow
+    conditions: dict[str, Any]
+    seed: int
+    sample_ids: Sequence[int] | Tensor
+    increments: Tensor | None = None
+    progress: bool = False
+    careful: bool = False
+    times: list[float] = field(default_factory=list)
+    states: list[Tensor] | None = None
+
+    def predict(self, x: Tensor, t: float) -> Prediction:
+        """Call the network once at one time for all samples."""
+        self.times.append(t)
+        return self.flow.evaluate(x, torch.tensor(t, dtype=torch.float64), self.conditions)
+
+    def steps(self, grid: Sequence[float]) -> Iterator[tuple[int, float, float]]:
+        """Walk over (number, start, end) of each step of a grid."""
+        pairs: Iterable[tuple[float, float]] = pairwise(grid)
+        if self.progress:
+            pairs = tqdm(pairs, total=len(grid) - 1, desc="solving", unit="step")
+        for number, (t, t_next) in enumerate(pairs):
+            yield number, t, t_next
+
+    def visit(self, x: Tensor, t: float, number: int) -> None:
+        """Record a state, and in a careful run raise SolverError where it stops being finite."""
+        if self.states is not None:
+            self.states.append(x.clone())
+        if self.careful and not bool(torch.isfinite(x).all()):
+            raise SolverError("the state became NaN or infinite", t=t, step=number, nfe=len(self.times))
+
+
+class Solver(ABC):
+    """Integrates a flow from ``start`` to ``end``.
+
+    Args:
+        start: first time, in [0, 1]; 1 (noise) by default.
+        end: last time, in [0, 1]; 0 (data) by default. Either direction.
+
+    Attributes:
+        order: of convergence in the step length, weak for an SDE.
+        calls_per_step: network calls a step.
+        evaluates_end: whether it calls the network at ``end``.
+        needs: the quantities it asks a prediction for.
+    """
+
+    order: ClassVar[int]
+    calls_per_step: ClassVar[int]
+    evaluates_end: ClassVar[bool]
+    needs: ClassVar[tuple[Kind, ...]] = ("velocity",)
+
+    def __init__(self, *, start: float = 1.0, end: float = 0.0) -> None:
+        if not (0 <= start <= 1 and 0 <= end <= 1) or start == end:
+            raise InputError(f"got start {start} and end {end}, expected two different times in [0, 1]")
+        self.start, self.end = float(start), float(end)
+
+    def __call__(self, flow: BaseFlow, x: Tensor, **keywords: Any) -> Tensor:
+        """Return the samples of ``solve``, (N, *S)."""
+        return self.solve(flow, x, **keywords).x
+
+    def solve(
+        self,
+        flow: BaseFlow,
+        x: Tensor,
+        *,
+        seed: int | None = None,
+        sample_ids: Sequence[int] | Tensor | None = None,
+        increments: Tensor | None = None,
+        trajectory: bool = False,
+        progress: bool = False,
+        **conditions: Any,
+    ) -> Solution:
+        """Integrate without gradients.
+
+        Args:
+            flow: a ``Flow``, guided or not.
+            x: the state at ``start``, (N, *S), float32 or float64; left as it is.
+            seed: of the noise drawn on the way; None takes one from torch's generator.
+            sample_ids: N ids that key the noise, so that a sample is the same in any batch; None means 0 … N − 1.
+            increments: standard normal draws to use instead, (draws, N, *S); for checks on one Brownian path.
+            trajectory: also return the state at every grid point.
+            progress: show a progress bar.
+            conditions: named tensors for the backbone, as ``label`` of shape (N,).
+
+        Raises:
+            InputError, InputTypeError: a state, condition or option that does not fit.
+            OpenEndError: the path lacks what the solver needs at a time it evaluates.
+            SolverError: the state became NaN or infinite; carries t, step and NFE.
+        """
+        if isinstance(x, Tensor) and x.dtype not in (torch.float32, torch.float64):
+            raise InputTypeError(f"got a state of type {x.dtype}, expected float32 or float64; call x.float()")
+        if not isinstance(flow, BaseFlow):
+            raise InputTypeError(f"got a {type(flow).__name__}, expected a flow; use Flow(backbone, interpolant)")
+        flow.check(x, conditions)
+        ids = range(len(x)) if sample_ids is None else sample_ids
+        if len(ids) != len(x):
+            raise InputError(f"got {len(ids)} sample ids for {len(x)} samples; give one a sample")
+        self.check(flow, x, increments)
+        seed = Draws.from_torch().seed if seed is None else Draws(seed).seed
+        run = Run(flow, conditions, seed, ids, increments, progress, states=[] if trajectory else None)
+        calls = flow.nfe
+        with torch.no_grad():
+            result = self.integrate(run, x.clone())
+            if not bool(torch.isfinite(result).all()):
+                self._explain(run, x)
+        states = None if run.states is None else torch.stack(run.states)
+        return Solution(result, flow.nfe - calls, torch.tensor(run.times, dtype=torch.float64), seed, states)
+
+    @abstractmethod
+    def integrate(self, run: Run, x: Tensor) -> Tensor:
+        """Integrate ``x``, which may be written to, and return the last state; no checks in the loop."""
+
+    def check(self, flow: BaseFlow, x: Tensor, increments: Tensor | None) -> None:
+        """Check that solver, flow and increments fit one another, before any network call."""
+        wanted = self.increments_shape(x)
+        if increments is None:
+            return
+        if wanted is None:
+            raise InputError(f"got increments for {type(self).__name__}, which draws no noise; leave them out")
+        if tuple(increments.shape) != wanted:
+            raise InputError(f"got increments of shape {tuple(increments.shape)}, expected {wanted}: (draws, N, *S)")
+
+    def increments_shape(self, x: Tensor) -> tuple[int, ...] | None:
+        """Shape of all normal draws of a solve, (draws, N, *S); None if it draws none."""
+        return None
+
+    def _explain(self, run: Run, x: Tensor) -> None:
+        """Run again with a check at every step, and raise at the first that fails."""
+        careful = Run(run.flow, run.conditions, run.seed, run.sample_ids, run.increments, careful=True)
+        self.integrate(careful, x.clone())
+        raise SolverError("the result is NaN or infinite, but not when run again", t=self.end, step=0, nfe=run.flow.nfe)
+
+
+registry: Registry[Solver] = Registry("solver", "solvers", Solver)
+
+
+class FixedStep(Solver):
+    """A solver with a given number of steps.
+
+    Args:
+        steps: number of steps N ≥ 1; N steps are N steps.
+        grid: where they lie: a name, ``{"name": …, **options}`` or an instance.
+        start: see ``Solver``.
+        end: see ``Solver``.
+    """
+
+    def __init__(self, steps: int, *, grid: GridSpec = "uniform", start: float = 1.0, end: float = 0.0) -> None:
+        super().__init__(start=start, end=end)
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise InputError(f"got steps {steps!r}, expected a whole number of 1 or more")
+        self.steps = steps
+        self.grid = grids.build(grid)
+        self.times: list[float] = self._checked(self.grid.times(steps, self.start, self.end))
+
+    def _checked(self, times: Tensor) -> list[float]:
+        gaps = times.diff()
+        monotone = bool((gaps > 0).all()) or bool((gaps < 0).all())
+        if times.shape != (self.steps + 1,) or not monotone or times.min() < 0 or times.max() > 1:
+            raise InputError(
+                f"got a grid of {times.numel()} points that does not go from {self.start:g} to {self.end:g} in "
+                f"{self.steps} strictly monotone steps within [0, 1]"
+            )
+        return [float(t) for t in times]
+
+    def check(self, flow: BaseFlow, x: Tensor, increments: Tensor | None) -> None:
+        """Check that the path has what the solver needs at every time that it evaluates."""
+        super().check(flow, x, increments)
+        evaluated = set(self.times if self.evaluates_end else self.times[:-1])
+        for quantity in self.needs:
+            missing = evaluated & set(flow.interpolant.open_ends(flow.predicts, quantity))
+            if missing:
+                raise OpenEndError(
+                    f"got a grid that evaluates t = {min(missing):g}, where the {type(flow.interpolant).__name__} path "
+                    f"has no {quantity} from a predicted {flow.predicts}; keep start and end away from it"
+                )
+
+    def integrate(self, run: Run, x: Tensor) -> Tensor:
+        """Walk over the grid with ``step``."""
+        run.visit(x, self.times[0], 0)
+        for number, t, t_next in run.steps(self.times):
+            x = self.step(run, x, number, t, t_next)
+            run.visit(x, t_next, number)
+        return x
+
+    @abstractmethod
+    def step(self, run: Run, x: Tensor, number: int, t: float, t_next: float) -> Tensor:
+        """Advance ``x``, in place if possible, from ``t`` to ``t_next``."""
