@@ -1,0 +1,1 @@
+"""Plugins shipped with pathline; each is found through the entry-point group ``pathline.plugins``."""
