@@ -6,4 +6,4 @@ from pathline.backbones.sit import SiT
 
 register, build, names = registry.register, registry.build, registry.names
 
-__all__ = ["MLP", "Backbone", "SiT", "Trunk", "build", "names", "register", "wrap"]
+__all__ = ["MLP", "Backbone", "SiT", "Trunk", "build", "names", "register", "registry", "wrap"]

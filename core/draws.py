@@ -90,6 +90,10 @@ class Draws:
         words = self._generator(stream, 0, counter).random_raw(count)
         return np.argsort(words, kind="stable")
 
+    def torch_seed(self, stream: str) -> int:
+        """A seed for a torch generator of the CPU, which reads 32 bits and ignores the rest."""
+        return int(self._generator(stream, 0, 0).random_raw(1)[0] >> np.uint64(32))
+
     def _generator(self, stream: str, block: int, counter: int) -> np.random.Philox:
         if not 0 <= counter < _LIMIT:
             raise InputError(f"got counter {counter}, expected 0 <= counter < 2**64")

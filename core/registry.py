@@ -93,11 +93,19 @@ class Entry(Generic[T]):
         """Options by name, with those of a component that this one builds in turn (its trunk, say)."""
         own = {
             name: parameter
-            for name, parameter in inspect.signature(self.factory).parameters.items()
+            for name, parameter in _signature(self.factory).parameters.items()
             if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
         }
         inherited = self.inherits(given or {}) if self.inherits else {}
         return {**inherited, **own}
+
+
+def _signature(factory: Callable[..., Any]) -> inspect.Signature:
+    """Signature with its annotations evaluated, where they can be."""
+    try:
+        return inspect.signature(factory, eval_str=True)
+    except NameError:  # an annotation that only a type checker can see
+        return inspect.signature(factory)
 
 
 class Registry(Generic[T]):

@@ -5,4 +5,4 @@ from pathline.interpolants.linear import Linear
 
 register, build, names = registry.register, registry.build, registry.names
 
-__all__ = ["Coefficients", "Interpolant", "Linear", "build", "names", "register"]
+__all__ = ["Coefficients", "Interpolant", "Linear", "build", "names", "register", "registry"]

@@ -6,4 +6,4 @@ from pathline.objectives.velocity import Velocity
 
 register, build, names = registry.register, registry.build, registry.names
 
-__all__ = ["Loss", "Objective", "Velocity", "build", "names", "register", "times"]
+__all__ = ["Loss", "Objective", "Velocity", "build", "names", "register", "registry", "times"]

@@ -19,4 +19,5 @@ __all__ = [
     "guidance",
     "names",
     "register",
+    "registry",
 ]

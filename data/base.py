@@ -1,0 +1,96 @@
+"""What a data set is: indexed batches, and a training order that is a function of (seed, position).
+
+N samples; C, H, W the shape of one.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pathline.core.draws import Draws
+from pathline.core.errors import InputError
+from pathline.core.registry import Registry
+
+__all__ = ["Batch", "Dataset", "Indices", "registry"]
+
+Batch = dict[str, Tensor]
+Indices = Sequence[int] | NDArray[np.int64] | Tensor | range
+
+
+class Dataset(ABC):
+    """Samples by index.
+
+    Attributes:
+        shape: (C, H, W) of one sample.
+        num_classes: number of class labels, 0 without labels.
+    """
+
+    shape: tuple[int, int, int]
+    num_classes: int
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of samples."""
+
+    @abstractmethod
+    def batch(self, indices: Indices) -> Batch:
+        """Return ``data`` (N, C, H, W) float32, ``label`` (N,) int64 and ``index`` (N,) int64.
+
+        Raises:
+            InputError: an index that does not exist.
+        """
+
+    @property
+    @abstractmethod
+    def statistics(self) -> dict[str, Any]:
+        """Mean and standard deviation of each channel, and the range of values; fit for JSON."""
+
+    @property
+    @abstractmethod
+    def manifest(self) -> dict[str, Any]:
+        """What the data are and where they come from, with a hash of them; fit for JSON."""
+
+    def indices_at(self, positions: range, seed: int) -> NDArray[np.int64]:
+        """Return the sample indices at training positions: epoch after epoch, each a permutation of its own.
+
+        The index at a position depends on (seed, position) alone.
+        """
+        if positions.start < 0 or positions.step != 1:
+            raise InputError(f"got positions {positions}, expected a run of non-negative ones")
+        count = len(self)
+        parts = []
+        for epoch in range(positions.start // count, -(-positions.stop // count)):
+            first, last = max(positions.start - epoch * count, 0), min(positions.stop - epoch * count, count)
+            parts.append(self._order(seed, epoch)[first:last])
+        return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+    def batches(self, size: int, steps: int, seed: int, *, start: int = 0) -> Iterator[Batch]:
+        """Yield ``steps`` batches of ``size`` samples in training order, from step ``start`` on.
+
+        Raises:
+            InputError: a size below 1 or a negative number of steps.
+        """
+        if size < 1 or steps < 0 or start < 0:
+            raise InputError(f"got size {size}, steps {steps}, start {start}; expected size ≥ 1 and no negative step")
+        return (
+            self.batch(self.indices_at(range(step * size, (step + 1) * size), seed))
+            for step in range(start, start + steps)
+        )
+
+    def _order(self, seed: int, epoch: int) -> NDArray[np.int64]:
+        """Permutation of an epoch; the last two are kept, as a batch may span both."""
+        orders: dict[tuple[int, int], NDArray[np.int64]] = self.__dict__.setdefault("_orders", {})
+        if (seed, epoch) not in orders:
+            while len(orders) > 1:
+                del orders[next(iter(orders))]
+            orders[seed, epoch] = Draws(seed).permutation("data order", len(self), counter=epoch)
+        return orders[seed, epoch]
+
+
+registry: Registry[Dataset] = Registry("data set", "data", Dataset)

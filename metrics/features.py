@@ -1,0 +1,133 @@
+"""Feature spaces by name, each fitted on a training set.
+
+N images, D features.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pathline.core.draws import Draws
+from pathline.core.errors import InputError
+from pathline.core.registry import Registry
+from pathline.data import Dataset
+
+__all__ = ["DigitsCNN", "Features", "PrincipalComponents", "build", "names", "register", "registry"]
+
+
+class Features(ABC):
+    """A map from images to vectors."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def __call__(self, images: Tensor) -> Tensor:
+        """Map (N, C, H, W) images in [−1, 1] to (N, D) features."""
+
+
+registry: Registry[Features] = Registry("feature space", "metrics.features", Features)
+register, build, names = registry.register, registry.build, registry.names
+
+
+@registry.register("pixels")
+class Pixels(Features):
+    """The values themselves."""
+
+    name = "pixels"
+
+    def __init__(self, training: Dataset) -> None:
+        del training  # every feature space is built alike; this one has nothing to fit
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Flatten."""
+        return images.flatten(1).double()
+
+
+@registry.register("pca")
+class PrincipalComponents(Features):
+    """Coordinates along the first principal axes of the training images.
+
+    Args:
+        training: what to fit on.
+        axes: how many, at most the number of values of an image.
+    """
+
+    name = "pca"
+
+    def __init__(self, training: Dataset, axes: int = 20) -> None:
+        images = training.batch(range(len(training)))["data"].flatten(1).double()
+        if not 1 <= axes <= images.shape[1]:
+            raise InputError(f"got axes {axes}, expected 1 to {images.shape[1]}")
+        self.mean = images.mean(0)
+        self.axes = torch.linalg.svd(images - self.mean, full_matrices=False).Vh[:axes]
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Project."""
+        projected: Tensor = (images.flatten(1).double() - self.mean) @ self.axes.T
+        return projected
+
+
+@registry.register("digits-cnn")
+class DigitsCNN(Features):
+    """The 64 last hidden values of a small convolutional classifier, trained in a few seconds on the training images.
+
+    Convolutions to 32 and, with stride 2, 64 channels, a hidden layer of 64, ReLU throughout; AdamW 2e-3.
+
+    Args:
+        training: what to train on; labelled images of 8 × 8 pixels.
+        epochs: passes over the training images.
+        seed: of the first weights and of the order.
+    """
+
+    name = "digits-cnn"
+
+    def __init__(self, training: Dataset, epochs: int = 30, seed: int = 0) -> None:
+        if tuple(training.shape) != (1, 8, 8) or not training.num_classes:
+            raise InputError(f"got data of shape {tuple(training.shape)}, expected labelled images of shape (1, 8, 8)")
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(Draws(seed).torch_seed("classifier"))
+            self.body = nn.Sequential(
+                nn.Conv2d(1, 32, 3, padding=1),
+                nn.ReLU(),
+                nn.Conv2d(32, 64, 3, stride=2, padding=1),
+                nn.ReLU(),
+                nn.Flatten(),
+                nn.Linear(1024, 64),
+                nn.ReLU(),
+            )
+            self.head = nn.Linear(64, training.num_classes)
+        self._train(training, epochs, seed)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return the last hidden layer's values."""
+        with torch.no_grad():
+            features: Tensor = self.body(images.float())
+        return features.double()
+
+    def classify(self, images: Tensor) -> Tensor:
+        """Return the likeliest class of each image, (N,)."""
+        with torch.no_grad():
+            classes: Tensor = self.head(self.body(images.float())).argmax(1)
+        return classes
+
+    def accuracy(self, dataset: Dataset) -> float:
+        """Share of a labelled data set's images that are classified as labelled."""
+        batch = dataset.batch(range(len(dataset)))
+        return float((self.classify(batch["data"]) == batch["label"]).double().mean())
+
+    def _train(self, training: Dataset, epochs: int, seed: int) -> None:
+        parameters = [*self.body.parameters(), *self.head.parameters()]
+        optimizer = torch.optim.AdamW(parameters, lr=2e-3, fused=True)
+        size = 32
+        for batch in training.batches(size, epochs * len(training) // size, seed):
+            loss = functional.cross_entropy(self.head(self.body(batch["data"])), batch["label"])
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]  # torch has no types here
+            optimizer.step()
+        for parameter in parameters:
+            parameter.requires_grad_(False)

@@ -1,0 +1,312 @@
+from __future__ import annotations
+
+import json
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+from pathline import DataError, Draws, InputError, data, metrics
+from pathline.evaluate import main as evaluate
+from pathline.metrics import features
+from pathline.metrics.base import Real
+from pathline.metrics.frechet import Moments, frechet_distance
+from pathline.metrics.neighbours import nearest, precision_recall, two_sample_accuracy
+from pathline.metrics.report import Judge, table
+
+
+def moments(x):
+    found = Moments()
+    found.update(x)
+    return found
+
+
+@pytest.fixture(scope="module")
+def judge():
+    return Judge.of("digits")
+
+
+@pytest.fixture(scope="module")
+def real():
+    return Real(data.build("digits", split="train"), data.build("digits", split="held-out"))
+
+
+# --- Fréchet distance ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_moments_by_chunks_against_numpy(offset):
+    x = torch.randn(997, 5, dtype=torch.float64) @ torch.randn(5, 5, dtype=torch.float64) + offset
+    whole, first, second = Moments(), Moments(), Moments()
+    for chunk in x.split(100):
+        whole.update(chunk)
+    first.update(x[:300])
+    second.update(x[300:])
+    first.merge(second)
+    first.merge(Moments())
+    for found in (whole, first):
+        assert found.count == 997
+        assert np.allclose(found.mean.numpy(), x.numpy().mean(0), rtol=1e-13)
+        assert np.allclose(found.covariance.numpy(), np.cov(x.numpy().T), rtol=1e-9, atol=1e-11)
+
+
+def exact_moments(mean, covariance):
+    found = Moments()
+    found.count, found.mean, found.scatter = 10**6, mean, covariance * (10**6 - 1)
+    return found
+
+
+def test_distance_of_commuting_gaussians_in_closed_form():
+    """For covariances with common axes, tr(Σ₁ + Σ₂ − 2(Σ₁Σ₂)^½) = Σ (√λ₁ − √λ₂)²."""
+    axes = torch.linalg.qr(torch.randn(7, 7, dtype=torch.float64)).Q
+    first, second = torch.rand(2, 7, dtype=torch.float64) + 0.1
+    mean = torch.randn(2, 7, dtype=torch.float64)
+    distance = frechet_distance(
+        exact_moments(mean[0], axes * first @ axes.T), exact_moments(mean[1], axes * second @ axes.T)
+    )
+    expected = (mean[0] - mean[1]).square().sum() + (first.sqrt() - second.sqrt()).square().sum()
+    assert distance == pytest.approx(float(expected), rel=1e-12)
+
+
+@pytest.mark.parametrize(("count", "dimension"), [(500, 6), (200, 37)])
+def test_distance_against_scipy(count, dimension):
+    linalg = pytest.importorskip("scipy.linalg")
+    x, y = (
+        torch.randn(count, dimension, dtype=torch.float64) @ torch.randn(dimension, dimension).double() for _ in "ab"
+    )
+    one, two = np.cov(x.numpy().T), np.cov(y.numpy().T)
+    shift = x.numpy().mean(0) - y.numpy().mean(0)
+    expected = shift @ shift + np.trace(one + two - 2 * np.real(linalg.sqrtm(one @ two)))
+    assert frechet_distance(moments(x), moments(y)) == pytest.approx(expected, rel=1e-9)
+
+
+def test_rank_deficient_and_equal_sets():
+    """Truth for any rank: tr (Σ₁Σ₂)^½ is the nuclear norm of X₁ᵀ... formed from the centred samples themselves."""
+    x, y = torch.randn(2, 23, 60, dtype=torch.float64)
+    y = 1.7 * y + 0.3
+    centred = [(z - z.mean(0)) / math.sqrt(22) for z in (x, y)]
+    cross = torch.linalg.svdvals(centred[0] @ centred[1].T).sum()
+    expected = (x.mean(0) - y.mean(0)).square().sum() + sum(z.square().sum() for z in centred) - 2 * cross
+    with pytest.warns(UserWarning, match="23 samples for 60 features: the distance is biased upwards"):
+        assert frechet_distance(moments(x), moments(y)) == pytest.approx(float(expected), rel=1e-10)
+        assert frechet_distance(moments(x), moments(x)) == pytest.approx(0, abs=1e-11)
+    digits = data.build("digits").batch(range(898))["data"].flatten(1)
+    assert torch.linalg.matrix_rank(moments(digits).covariance) < 64
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert 0 <= frechet_distance(moments(digits), moments(digits)) < 1e-9
+
+
+def test_dead_features_do_no_harm():
+    x, y = torch.randn(2, 50, 4, dtype=torch.float64)
+    wide = [torch.cat((z, torch.ones(50, 3, dtype=torch.float64)), dim=1) for z in (x, y)]
+    assert frechet_distance(*map(moments, wide)) == pytest.approx(frechet_distance(moments(x), moments(y)), rel=1e-9)
+
+
+def test_too_few_samples():
+    with pytest.raises(InputError, match="got 1 samples, expected at least 2"):
+        _ = moments(torch.zeros(1, 3)).covariance
+
+
+# --- feature spaces -----------------------------------------------------------------------------------------------
+
+
+def test_principal_components_against_scikit_learn(real):
+    decomposition = pytest.importorskip("sklearn.decomposition")
+    x = real.images("training").flatten(1).double().numpy()
+    theirs = decomposition.PCA(20, svd_solver="full").fit(x).transform(x)
+    ours = features.build("pca", training=real.training)(real.images("training")).numpy()
+    assert np.allclose(np.abs(ours), np.abs(theirs), atol=1e-8)
+    with pytest.raises(InputError, match="got axes 65, expected 1 to 64"):
+        features.build("pca", training=real.training, axes=65)
+
+
+def test_the_classifier_reads_digits_and_is_repeatable(judge, real):
+    assert judge.accuracy >= 0.96
+    truth = real.labels("held_out")
+    said = judge.classifier.classify(real.images("held_out"))
+    assert judge.accuracy == pytest.approx(float((said == truth).double().mean()))
+    assert sum(p.numel() for m in (judge.classifier.body, judge.classifier.head) for p in m.parameters()) == 85_066
+    torch.manual_seed(1)
+    state = torch.random.get_rng_state()
+    again = features.build("digits-cnn", training=real.training)
+    assert torch.equal(again(real.images("held_out", 20)), judge.classifier(real.images("held_out", 20)))
+    assert torch.equal(torch.random.get_rng_state(), state)  # torch's generator is left as it was
+
+
+# --- neighbours ---------------------------------------------------------------------------------------------------
+
+
+def test_nearest_against_a_plain_loop():
+    points, others = torch.randn(5, 3), torch.randn(11, 3)
+    for k in (1, 3):
+        distance, index = nearest(points, others, k)
+        for i, point in enumerate(points.double().numpy()):
+            ordered = sorted((math.dist(point, other), j) for j, other in enumerate(others.double().numpy()))
+            assert (float(distance[i]), int(index[i])) == pytest.approx(ordered[k - 1])
+    with pytest.raises(InputError, match="got 11 points, expected at least 12"):
+        nearest(points, others, 12)
+
+
+def test_precision_and_recall_against_a_plain_loop():
+    generated, real = torch.randn(40, 2).double(), torch.randn(60, 2).double() * 1.5
+
+    def covered(points, centres):
+        radii = [sorted(math.dist(c, other) for other in centres)[3] for c in centres]
+        return np.mean([any(math.dist(p, c) <= r for c, r in zip(centres, radii, strict=True)) for p in points])
+
+    g, r = generated.numpy(), real.numpy()
+    assert precision_recall(generated, real) == pytest.approx((covered(g, r), covered(r, g)))
+
+
+def test_a_collapsed_model_has_high_precision_and_low_recall():
+    real = torch.randn(500, 4)
+    precision, recall = precision_recall(0.05 * torch.randn(500, 4), real)
+    assert precision > 0.95 and recall < 0.1
+    precision, recall = precision_recall(10 * torch.randn(500, 4), real)
+    assert precision < 0.1 and recall > 0.5
+
+
+def test_two_sample_accuracy_of_like_unlike_and_copied_sets():
+    x, y = torch.randn(2, 800, 3)
+    assert two_sample_accuracy(x, y) == pytest.approx(0.5, abs=4 * 0.5 / math.sqrt(1600) + 0.01)
+    assert two_sample_accuracy(x, y + 20) == 1.0
+    assert two_sample_accuracy(x, x + 1e-6) < 0.01
+
+
+# --- metrics by name ----------------------------------------------------------------------------------------------
+
+
+def built(judge):
+    """Every metric, with what it needs."""
+    return {
+        "frechet": dict(features=judge.classifier),
+        "label-agreement": dict(classifier=judge.classifier),
+        "memorisation": {},
+        "precision-recall": dict(features=judge.classifier),
+    }
+
+
+@pytest.mark.parametrize("name", metrics.names())
+def test_parts_merged_equal_the_whole(name, judge, real):
+    options = built(judge)[name]
+    batch = data.build("digits", split="all").batch(range(300))
+    noise = 0.2 * Draws(0).normal("noise", range(300), (1, 8, 8))
+    batch = {"data": (batch["data"] + noise).clamp(-1, 1), "label": batch["label"]}
+    whole, first, second = (metrics.build(name, real=real, **options) for _ in range(3))
+    whole.update(batch)
+    for metric, rows in ((first, slice(0, 120)), (second, slice(120, 200)), (second, slice(200, 300))):
+        metric.update({key: value[rows] for key, value in batch.items()})
+    first.merge(second)
+    one, other = whole.compute(), first.compute()
+    assert one.values == pytest.approx(other.values) and one.real == pytest.approx(other.real) and one.count == 300
+    assert set(one.values) == set(one.real) == set(one.about)
+    assert json.loads(json.dumps(one.to_json()))["count"] == 300
+
+
+@pytest.mark.parametrize("name", metrics.names())
+def test_metrics_refuse_what_does_not_fit(name, judge, real):
+    metric = metrics.build(name, real=real, **built(judge)[name])
+    with pytest.raises(InputError, match=r"samples of shape \(3, 8, 8\), expected \(1, 8, 8\)"):
+        metric.update({"data": torch.zeros(2, 3, 8, 8), "label": torch.zeros(2).long()})
+    with pytest.raises(InputError, match="got 0 samples, expected at least"):
+        metric.compute()
+
+
+def test_labels_are_needed_where_they_matter(judge, real):
+    metric = metrics.build("label-agreement", real=real, classifier=judge.classifier)
+    metric.update({"data": real.images("held_out", 5)})
+    with pytest.raises(InputError, match="got 0 labels for 5 samples"):
+        metric.compute()
+
+
+def test_real_images_score_as_their_reference(judge, real):
+    """As many held-out-like images as there are: the training half in the place of samples gives the real column."""
+    records = judge.report(real.images("training"), real.labels("training"))
+    by_name = {
+        f"{record.metric}, {key}": (record.values[key], record.real[key]) for record in records for key in record.values
+    }
+    for name in ("frechet, pixels, distance", "frechet, pca, distance", "frechet, digits-cnn, distance"):
+        assert by_name[name][0] == pytest.approx(by_name[name][1])
+    assert by_name["frechet, pixels, distance"][1] == pytest.approx(0.28, abs=0.03)
+    assert by_name["label agreement, neighbour"][1] > 0.97
+    copies = by_name["memorisation, pixels, smallest distance"]
+    assert copies[0] == 0 and copies[1] > 0.5
+    assert by_name["memorisation, pixels, nearer to training"][0] == 1.0
+    text = table(records)
+    assert len(text.splitlines()) == 1 + len(by_name) and "0.5 without memorisation" in text
+
+
+def test_each_metric_notices_its_fault(judge, real):
+    images, labels = real.images("held_out"), real.labels("held_out")
+
+    def figures(x, y):
+        return {f"{r.metric}, {k}": v for r in judge.report(x, y) for k, v in r.values.items()}
+
+    half = torch.arange(len(images)) % 2 == 0
+    good, noisy = figures(images, labels), figures((images + 0.5 * torch.randn_like(images)).clamp(-1, 1), labels)
+    assert noisy["frechet, pixels, distance"] > 5 * good["frechet, pixels, distance"] + 0.5
+    wrong = figures(images, torch.where(half, (labels + 1) % 10, labels))
+    assert wrong["label agreement, classifier"] < 0.55 and good["label agreement, classifier"] > 0.95
+    few = labels < 5
+    collapsed = figures(images[few].repeat(3, 1, 1, 1), labels[few].repeat(3))
+    assert collapsed["precision and recall, digits-cnn, k = 3, recall"] < 0.7
+
+
+# --- evaluate.py --------------------------------------------------------------------------------------------------
+
+
+def write(path, **changes):
+    images = ((data.build("digits").batch(range(60))["data"] + 1) * 127.5).round().to(torch.uint8)
+    arrays = {"arr_0": images.permute(0, 2, 3, 1).numpy(), "arr_1": np.arange(60) % 10, **changes}
+    np.savez(path, **{key: value for key, value in arrays.items() if value is not None})
+    return str(path)
+
+
+def test_evaluate_prints_a_table_and_writes_a_record(tmp_path, capsys):
+    path = write(tmp_path / "samples.npz")
+    (tmp_path / "samples.json").write_text(json.dumps({"solver": {"name": "heun"}, "nfe": 50, "seed": 3}))
+    assert evaluate([path]) == 0
+    printed = capsys.readouterr().out
+    assert "of the held-out images right" in printed and "60 samples, heun, NFE 50" in printed
+    assert "CPU s" in printed
+    written = json.loads((tmp_path / "samples.metrics.json").read_text())
+    assert written["samples"]["seed"] == 3 and written["classifier_accuracy"] > 0.95
+    memorised = next(entry for entry in written["metrics"] if entry["metric"].startswith("memorisation"))
+    assert memorised["values"]["smallest distance"] < 0.01  # these are training images
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(arr_0=None), "expected arr_0 .images. and arr_1"),
+        (dict(arr_1=None), "expected arr_0 .images. and arr_1"),
+        (dict(arr_0=np.zeros((60, 8, 8, 1), np.float32)), "images float32"),
+        (dict(arr_0=np.zeros((60, 8, 8), np.uint8)), "expected uint8 .N, H, W, C."),
+        (dict(arr_1=np.arange(7)), "expected 60 whole numbers"),
+        (dict(arr_1=np.linspace(0, 1, 60)), "expected 60 whole numbers"),
+        (dict(arr_0=np.zeros((60, 9, 9, 1), np.uint8)), r"samples of shape \(1, 9, 9\)"),
+        (dict(arr_1=np.array([None] * 60)), "no .npz of plain arrays"),
+    ],
+)
+def test_evaluate_names_what_is_wrong(changes, message, tmp_path, capsys):
+    import re
+
+    assert evaluate([write(tmp_path / "samples.npz", **changes)]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: got") and re.search(message, printed)
+
+
+def test_evaluate_without_a_file_or_with_rubbish(tmp_path, capsys):
+    assert evaluate([str(tmp_path / "none.npz")]) == 2
+    assert "got no file at" in capsys.readouterr().err
+    (tmp_path / "rubbish.npz").write_bytes(b"not a zip file")
+    assert evaluate([str(tmp_path / "rubbish.npz")]) == 2
+    path = write(tmp_path / "samples.npz")
+    (tmp_path / "samples.json").write_text("{")
+    assert evaluate([path]) == 2
+    assert "which is no JSON" in capsys.readouterr().err
+    assert evaluate([path.replace("samples", "samples"), "--data", "faces"]) == 2
+    assert issubclass(DataError, ValueError)
