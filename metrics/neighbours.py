@@ -53,7 +53,7 @@ class _Collecting(Metric):
 
 
 def nearest(points: Tensor, others: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
-    """Return distance to and index of the k-th nearest of (M, D) ``others`` for each of (N, D) ``points``, both (N,)."""
+    """Return distance to and index of the k-th nearest of (M, D) others for each of (N, D) points, (N,) each."""
     if k > len(others):
         raise InputError(f"got {len(others)} points, expected at least {k} to find the neighbour number {k}")
     parts = [_distances(rows, others).kthvalue(k, dim=1) for rows in torch.split(points, _ROWS)]

@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -156,3 +157,31 @@ def test_bad_ids_and_counter():
         Draws(0).normal("x", [1], counter=-1)
     with pytest.raises(InputError, match=r"got sample ids of shape \(1, 2\)"):
         Draws(0).normal("x", [[1, 2]])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [10**6, 4 * 10**6])
+@pytest.mark.parametrize("size", [1, 4096])
+def test_large_draws_cost_at_most_three_times_torchs_own(count, size):
+    """CPU time on one thread, medians of alternating runs."""
+    draws, shape = Draws(0), () if size == 1 else (size,)
+    ours, torchs = [], []
+    for _ in range(9):
+        ours.append(seconds(lambda: draws.normal("noise", range(count // size), shape)))
+        torchs.append(seconds(lambda: torch.randn(count // size, size)))
+    assert sorted(ours)[4] <= 3 * sorted(torchs)[4]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "shape"), [(1, ()), (32, (1, 8, 8)), (256, (2,))])
+def test_small_draws_cost_at_most_250_microseconds(count, shape):
+    draws = Draws(0)
+    for draw in (draws.normal, draws.uniform):
+        times = sorted(seconds(lambda draw=draw: draw("noise", range(count), shape)) for _ in range(51))
+        assert times[25] <= 250e-6
+
+
+def seconds(function) -> float:
+    began = time.process_time()
+    function()
+    return time.process_time() - began
