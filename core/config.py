@@ -1,0 +1,269 @@
+"""The configuration of a run: one typed model, every entry checked before anything starts."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import torch
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+
+from pathline import backbones, data, interpolants, objectives, solvers
+from pathline.core import overrides
+from pathline.core.errors import ConfigurationError, PathlineError, suggest
+from pathline.core.registry import Entry, Registry
+from pathline.solvers import guidance
+
+__all__ = ["Component", "Configuration", "differences", "load", "resolve"]
+
+
+def _named(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+Component = Annotated[dict[str, Any], BeforeValidator(_named)]
+"""``{name, **options}``; a bare name is one without options."""
+
+Positive = Annotated[int, Field(ge=1, strict=True)]
+Natural = Annotated[int, Field(ge=0, strict=True)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """A section; entries that it does not have are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Optim(Section):
+    """AdamW. Defaults are those of the DeepFlow paper: a constant 1e-4, no decay, clipping at 1."""
+
+    lr: Annotated[float, Field(gt=0)] = 1e-4
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    warmup_steps: Natural = 0
+    schedule: Literal["constant", "cosine"] = "constant"
+    final_lr_fraction: Fraction = 0.0
+    clip: Annotated[float, Field(gt=0)] | None = 1.0
+
+
+class Ema(Section):
+    """Exponential moving average of the weights: decay min(decay, (1 + i)/(10 + i)) at update i, or constant."""
+
+    decay: Annotated[float, Field(ge=0, lt=1)] = 0.9999
+    warmup: bool = True
+
+
+class Train(Section):
+    """Length, folder and scale; ``global_batch`` is over all devices, ``micro_batch`` what one takes at once."""
+
+    steps: Positive
+    folder: str
+    stop_at: Positive | None = None
+    seed: Natural = 0
+    global_batch: Positive = 256
+    micro_batch: Positive | None = None
+    threads: Positive | None = 1
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    devices: Positive = 1
+    num_nodes: Positive = 1
+    initialize_from: str | None = None
+
+
+class Log(Section):
+    """How often, in steps, a row is written and a picture drawn (None: at the end alone)."""
+
+    every: Positive = 100
+    pictures_every: Positive | None = None
+
+
+class Checkpoint(Section):
+    """How often, in steps, a checkpoint is written, and how many of the newest are kept."""
+
+    every: Positive = 1000
+    keep: Positive = 3
+
+
+class Sample(Section):
+    """What ``sample.py`` draws; labels are balanced (i mod classes) or random, ``batch`` does not change a sample."""
+
+    count: Positive = 100
+    labels: Literal["balanced", "random"] = "balanced"
+    seed: Natural = 0
+    batch: Positive = 250
+    output: str | None = None
+
+
+class Configuration(Section):
+    """All sections of a run."""
+
+    data: Component
+    interpolant: Component
+    backbone: Component
+    objective: Component
+    optim: Optim = Optim()
+    ema: Ema = Ema()
+    train: Train
+    solver: Component
+    guidance: list[Component] = Field(default_factory=list)
+    log: Log = Log()
+    checkpoint: Checkpoint = Checkpoint()
+    sample: Sample = Sample()
+
+    def to_yaml(self) -> str:
+        """Return the configuration as YAML that ``load`` reads back to the same."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+COMPONENTS: dict[str, Registry[Any]] = {
+    "data": data.registry,
+    "interpolant": interpolants.registry,
+    "backbone": backbones.registry,
+    "objective": objectives.registry,
+    "solver": solvers.registry,
+}
+
+
+def load(path: str | Path, words: list[str] | tuple[str, ...] = ()) -> Configuration:
+    """Read a YAML file, apply ``a.b.c=value`` words, and resolve."""
+    return resolve(overrides.apply(overrides.read(path), words))
+
+
+def resolve(entries: Mapping[str, Any]) -> Configuration:
+    """Check every entry and fill in the defaults, those of component options included.
+
+    Raises:
+        ConfigurationError: unknown, missing, wrong or contradictory entries; one error lists all of them.
+    """
+    problems: list[str] = []
+    filled = {"interpolant": "linear", "solver": "euler-maruyama", **entries}
+    for section, registry in COMPONENTS.items():
+        if section in filled:
+            filled[section] = _component(filled[section], section, registry, problems)
+    if isinstance(filled.get("guidance"), list):
+        filled["guidance"] = [
+            _component(item, f"guidance.{i}", guidance.registry, problems) for i, item in enumerate(filled["guidance"])
+        ]
+    configuration = None
+    try:
+        configuration = Configuration.model_validate(filled)
+    except ValidationError as error:
+        problems += [_explain(dict(detail)) for detail in error.errors()]
+    if configuration is not None:
+        problems += _contradictions(configuration)
+    if problems or configuration is None:
+        raise ConfigurationError("\n  ".join([f"{len(problems)} wrong configuration entries:", *sorted(set(problems))]))
+    return configuration
+
+
+def differences(old: Configuration, new: Configuration) -> list[str]:
+    """List the entries that differ between two configurations: ``path: old -> new``."""
+    before, after = (dict(_leaves(c.model_dump(mode="json"))) for c in (old, new))
+    return [
+        f"{path}: {before.get(path)!r} -> {after.get(path)!r}"
+        for path in sorted(before.keys() | after.keys())
+        if before.get(path) != after.get(path)
+    ]
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _leaves(item, f"{path}.{key}".lstrip("."))
+    else:
+        yield path, value
+
+
+def _component(value: Any, path: str, registry: Registry[Any], problems: list[str]) -> Any:
+    """Check one component and fill in its options; problems are added to the list."""
+    value = _named(value)
+    if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
+        problems.append(f"{path}: got {value!r}, expected a name or {{name: …, options}}")
+        return value
+    options = {key: item for key, item in value.items() if key != "name"}
+    try:
+        entry = registry.entry(value["name"])
+        known = {name: option for name, option in entry.options(options).items() if not _injected(option)}
+    except PathlineError as error:
+        problems.append(f"{path}.name: {error}")
+        return value
+    problems += [
+        f"{path}.{option}: {registry.kind} {entry.name!r} has no such option; {suggest(str(option), known)}"
+        for option in options
+        if option not in known
+    ]
+    return {"name": entry.name, **_options(entry, known, options, path, problems)}
+
+
+def _options(
+    entry: Entry[Any], known: dict[str, inspect.Parameter], given: dict[str, Any], path: str, problems: list[str]
+) -> dict[str, Any]:
+    filled: dict[str, Any] = {}
+    for name, option in known.items():
+        if name not in given and option.default is option.empty:
+            problems.append(f"{path}.{name}: missing, {entry.name!r} needs it")
+            continue
+        value = given.get(name, option.default)
+        nested = _nested(option.annotation)
+        if nested is not None:
+            filled[name] = _component(value, f"{path}.{name}", nested, problems)
+        else:
+            filled[name] = _typed(value, option.annotation, f"{path}.{name}", problems)
+    return filled
+
+
+def _injected(option: inspect.Parameter) -> bool:
+    """Whether another section gives the option, as an objective's interpolant."""
+    return isinstance(option.annotation, type) and issubclass(option.annotation, interpolants.Interpolant)
+
+
+def _nested(annotation: Any) -> Registry[Any] | None:
+    metadata = get_args(annotation)[1:] if get_origin(annotation) is Annotated else ()
+    return next((item for item in metadata if isinstance(item, Registry)), None)
+
+
+def _typed(value: Any, annotation: Any, path: str, problems: list[str]) -> Any:
+    if annotation is inspect.Parameter.empty or isinstance(annotation, str):
+        return value
+    try:
+        adapter = TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True))
+        return adapter.dump_python(adapter.validate_python(value), mode="json")
+    except ValidationError as error:
+        problems.append(f"{path}: got {value!r}; {error.errors()[0]['msg']}")
+        return value
+
+
+def _explain(detail: dict[str, Any]) -> str:
+    place = detail["loc"]
+    path = ".".join(map(str, place))
+    if detail["type"] == "extra_forbidden":
+        field = Configuration.model_fields.get(str(place[0])) if len(place) > 1 else None
+        model = field.annotation if field else Configuration
+        known = model.model_fields if isinstance(model, type) and issubclass(model, BaseModel) else ()
+        return f"{path}: unknown entry; {suggest(str(place[-1]), known)}"
+    if detail["type"] == "missing":
+        return f"{path}: missing"
+    return f"{path}: got {detail['input']!r}; {detail['msg']}"
+
+
+def _contradictions(c: Configuration) -> Iterator[str]:
+    train, workers = c.train, c.train.devices * c.train.num_nodes
+    if train.global_batch % workers:
+        yield f"train.global_batch: got {train.global_batch}, which {workers} devices do not divide"
+    elif train.micro_batch is not None and train.micro_batch > train.global_batch // workers:
+        yield f"train.micro_batch: got {train.micro_batch}, more than a device's share {train.global_batch // workers}"
+    if train.stop_at is not None and train.stop_at > train.steps:
+        yield f"train.stop_at: got {train.stop_at}, after the last step {train.steps}"
+    if train.precision == "fp16" and not (torch.cuda.is_available() and train.accelerator in ("auto", "cuda")):
+        yield "train.precision: got fp16 without a CUDA device, which alone can scale losses; use fp32 or bf16"
+    if train.accelerator == "cuda" and torch.cuda.device_count() < train.devices:
+        yield f"train.devices: got {train.devices}, of {torch.cuda.device_count()} CUDA devices; use accelerator: cpu"
+    if c.optim.warmup_steps > train.steps:
+        yield f"optim.warmup_steps: got {c.optim.warmup_steps}, more than train.steps {train.steps}"
+    if c.optim.schedule == "constant" and c.optim.final_lr_fraction:
+        yield f"optim.final_lr_fraction: got {c.optim.final_lr_fraction} beside a constant schedule; use cosine"
