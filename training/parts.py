@@ -1,0 +1,139 @@
+"""The parts that a configuration names, built and checked against one another before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from pathline import backbones, data, interpolants, objectives, solvers
+from pathline.core.config import Configuration
+from pathline.core.draws import Draws
+from pathline.core.errors import ConfigurationError, PathlineError
+from pathline.core.flow import BaseFlow, Flow
+from pathline.data import Dataset
+from pathline.interpolants import Interpolant
+from pathline.objectives import Objective
+from pathline.solvers import Solver, guidance
+from pathline.solvers.guidance import Guidance
+
+__all__ = ["Parts", "build"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Everything that a configuration names."""
+
+    configuration: Configuration
+    dataset: Dataset
+    interpolant: Interpolant
+    backbone: nn.Module
+    objective: Objective
+    solver: Solver
+    guidance: tuple[Guidance, ...]
+
+    def conditions(self, label: Tensor | None) -> dict[str, Any]:
+        """Return what the backbone is conditioned on: the labels, unless it is unconditional."""
+        return {"label": label} if getattr(self.backbone, "num_classes", 0) else {}
+
+    def flow(self, backbone: nn.Module) -> BaseFlow:
+        """Return the guided flow of a backbone, this one's or its average."""
+        flow: BaseFlow = Flow(backbone, self.interpolant)
+        for guide in self.guidance:
+            flow = guide(flow)
+        return flow
+
+
+def build(configuration: Configuration) -> Parts:
+    """Build every part; the backbone's first weights are a function of ``train.seed``.
+
+    Raises:
+        ConfigurationError: options that a part refuses, or parts that do not fit one another; lists all of them.
+    """
+    c, problems = configuration, _Problems()
+    dataset = problems.collect("data", lambda: data.build(c.data))
+    interpolant = problems.collect("interpolant", lambda: interpolants.build(c.interpolant))
+    backbone = problems.collect("backbone", lambda: _backbone(c))
+    # an objective is built on the path: without one there is nothing more to say
+    objective: Any = interpolant and problems.collect(
+        "objective", lambda: objectives.build(c.objective, interpolant=interpolant)
+    )
+    solver = problems.collect("solver", lambda: solvers.build(c.solver))
+    guides = [
+        problems.collect(f"guidance.{i}", lambda item=item: guidance.build(item))  # type: ignore[misc]
+        for i, item in enumerate(c.guidance)
+    ]
+    problems.report()
+    parts = Parts(c, dataset, interpolant, backbone, objective, solver, tuple(guides))
+    _cross_check(parts, problems)
+    problems.report()
+    return parts
+
+
+def _backbone(configuration: Configuration) -> nn.Module:
+    """Build the backbone; torch's own generator is left as it was."""
+    seed = Draws(configuration.train.seed).torch_seed("weights")
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return backbones.build(configuration.backbone)
+
+
+class _Problems:
+    """Collects what goes wrong, by section."""
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+
+    def collect(self, section: str, make: Callable[[], T]) -> T:
+        """Return what ``make`` returns; an error is noted, and nothing may be used before ``report``."""
+        try:
+            return make()
+        except PathlineError as error:
+            self.found.append(f"{section}: {error}")
+            return None  # type: ignore[return-value]
+
+    def report(self) -> None:
+        if self.found:
+            lines = [f"{len(self.found)} configuration entries that do not fit:", *self.found]
+            raise ConfigurationError("\n  ".join(lines))
+
+
+def _cross_check(parts: Parts, problems: _Problems) -> None:
+    backbone, dataset = parts.backbone, parts.dataset
+    shape, classes = getattr(backbone, "input_shape", None), getattr(backbone, "num_classes", 0)
+    if shape is not None and tuple(shape) != tuple(dataset.shape):
+        problems.found.append(
+            f"backbone: takes inputs of shape {tuple(shape)}, and the data have {tuple(dataset.shape)} (C, H, W); "
+            "set input_size and in_channels to the data's"
+        )
+    if classes not in (0, dataset.num_classes):
+        problems.found.append(
+            f"backbone.num_classes: got {classes}, and the data have {dataset.num_classes} classes; use that, or 0"
+        )
+    if classes and parts.objective.label_dropout and getattr(backbone, "null_label", None) is None:
+        problems.found.append(
+            f"objective.label_dropout: got {parts.objective.label_dropout} for a backbone without a null label; use 0"
+        )
+    if parts.configuration.guidance and (not classes or getattr(backbone, "null_label", None) is None):
+        problems.found.append("guidance: needs a backbone with classes and a null label; leave guidance out")
+    elif not problems.found:
+        problems.collect("objective", lambda: _check_objective(parts))
+        problems.collect("solver", lambda: _check_solver(parts))
+
+
+def _check_objective(parts: Parts) -> None:
+    """Evaluate the loss of one sample: only that tells whether objective and backbone speak to one another."""
+    batch = parts.dataset.batch([0])
+    with torch.no_grad():
+        parts.objective(parts.backbone, batch["data"], Draws(0).at(range(1)), **parts.conditions(batch["label"]))
+
+
+def _check_solver(parts: Parts) -> None:
+    """Check that the path has what the solver asks for, with no network call."""
+    x: Any = torch.zeros(1, *parts.dataset.shape)
+    parts.solver.check(parts.flow(parts.backbone), x, None)

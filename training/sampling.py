@@ -1,0 +1,160 @@
+"""Samples from a checkpoint, and what is written down about them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from pathline.core import overrides
+from pathline.core.config import Configuration, resolve
+from pathline.core.draws import Draws
+from pathline.core.errors import ConfigurationError
+from pathline.training import checkpoints
+from pathline.training.parts import Parts, build
+from pathline.training.pictures import ROUNDING, save_grid, to_uint8
+
+__all__ = ["Drawn", "draw", "load", "save", "save_picture", "solve"]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Samples with their labels, and what they cost.
+
+    Attributes:
+        x: (N, C, H, W) on the host.
+        labels: (N,), or None.
+        nfe: network calls of one sample's solve.
+        seconds: wall time of all solves.
+    """
+
+    x: Tensor
+    labels: Tensor | None
+    nfe: int
+    seconds: float
+
+
+def load(path: Path, words: Sequence[str]) -> tuple[Configuration, Parts]:
+    """Return the configuration of a checkpoint with words applied, and its components with the averaged weights.
+
+    Raises:
+        CheckpointError: damaged, or weights that do not fit.
+        ConfigurationError: words that do not fit, or that change what was trained.
+    """
+    snapshot = checkpoints.read(path)
+    for word in words:
+        if not word.startswith(("sample.", "solver.", "solver=", "guidance.", "guidance=", "train.threads=", "data.")):
+            raise ConfigurationError(
+                f"got {word!r} for a trained model, expected sample.…, solver.… or guidance.… alone"
+            )
+    configuration = resolve(overrides.apply(snapshot.state["configuration"], words))
+    output = configuration.sample.output
+    if output is not None and not output.endswith(".npz"):
+        raise ConfigurationError(f"got sample.output {output}, expected a name that ends in .npz")
+    parts = build(configuration)
+    checkpoints.check_tensors(parts.backbone.state_dict(), snapshot.tensors["ema"], "weights")
+    parts.backbone.load_state_dict(dict(snapshot.tensors["ema"]))
+    parts.backbone.eval()
+    return configuration, parts
+
+
+def draw(configuration: Configuration, parts: Parts, device: torch.device) -> Drawn:
+    """Draw the samples that the section ``sample`` asks for; sample i is a function of (seed, i)."""
+    wanted, network = configuration.sample, parts.backbone.to(device)
+    labels = _labels(configuration, getattr(network, "num_classes", 0))
+    return solve(parts, network, labels, wanted.count, wanted.seed, wanted.batch, progress=True)
+
+
+def solve(
+    parts: Parts,
+    network: nn.Module,
+    labels: Tensor | None,
+    count: int,
+    seed: int,
+    batch: int,
+    *,
+    progress: bool = False,
+) -> Drawn:
+    """Draw samples 0 … count − 1.
+
+    Args:
+        parts: tells solver, guidance and path.
+        network: in evaluation mode; its device is used.
+        labels: (count,), or None for an unconditional network.
+        count: number of samples.
+        seed: with a sample's number fixes its noise, and what an SDE draws on the way.
+        batch: samples solved at once; changes nothing but rounding.
+        progress: show a progress bar.
+
+    Raises:
+        SolverError: a sample became NaN or infinite.
+    """
+    flow, device = parts.flow(network), next(network.parameters()).device
+    pieces, nfe, began = [], 0, time.perf_counter()
+    for first in tqdm(range(0, count, batch), desc="sampling", unit="batch", disable=not progress):
+        ids = range(first, min(first + batch, count))
+        noise = Draws(seed).normal("noise", ids, parts.dataset.shape).to(device)
+        given = parts.conditions(None if labels is None else labels[first : ids.stop].to(device))
+        solution = parts.solver.solve(flow, noise, seed=seed, sample_ids=ids, **given)
+        pieces.append(solution.x.cpu())
+        nfe = solution.nfe
+    return Drawn(torch.cat(pieces), labels, nfe, time.perf_counter() - began)
+
+
+def save_picture(parts: Parts, network: nn.Module, path: Path) -> None:
+    """Draw ten samples of each of the first ten classes, with fixed noise, as a PNG."""
+    classes = min(10, getattr(network, "num_classes", 0))
+    labels = torch.arange(classes).repeat_interleave(10) if classes else None
+    count = 10 * classes or 100
+    drawn = solve(parts, network, labels, count, parts.configuration.sample.seed, batch=count)
+    save_grid(path, drawn.x, drawn.labels)
+
+
+def save(drawn: Drawn, configuration: Configuration, checkpoint: Path, output: Path, version: str) -> list[Path]:
+    """Write ``output`` (.npz: arr_0 uint8 NHWC, arr_1 labels), a picture and a record beside it; return their paths."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    arrays: dict[str, Any] = {"arr_0": to_uint8(drawn.x)}
+    if drawn.labels is not None:
+        arrays["arr_1"] = drawn.labels.numpy()
+    np.savez(output, **arrays)
+    picture, record = output.with_suffix(".png"), output.with_suffix(".json")
+    save_grid(picture, drawn.x, drawn.labels)
+    record.write_text(json.dumps(_record(drawn, configuration, checkpoint, version), indent=1))
+    return [output, picture, record]
+
+
+def _record(drawn: Drawn, configuration: Configuration, checkpoint: Path, version: str) -> dict[str, Any]:
+    c = configuration.model_dump(mode="json")
+    weights = checkpoint / "ema.safetensors"
+    return {
+        "version": version,
+        "checkpoint": {"name": checkpoint.name, "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest()},
+        "count": len(drawn.x),
+        "seed": c["sample"]["seed"],
+        "label_law": c["sample"]["labels"],
+        "solver": c["solver"],
+        "guidance": c["guidance"],
+        "nfe": drawn.nfe,
+        "seconds": round(drawn.seconds, 3),
+        "rounding": ROUNDING,
+        "data": c["data"],
+        "configuration": c,
+    }
+
+
+def _labels(configuration: Configuration, classes: int) -> Tensor | None:
+    wanted = configuration.sample
+    if not classes:
+        return None
+    if wanted.labels == "balanced":
+        return torch.arange(wanted.count) % classes
+    return (Draws(wanted.seed).uniform("labels", range(wanted.count)) * classes).long()
