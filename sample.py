@@ -1,0 +1,50 @@
+"""Draw samples: ``python sample.py RUN_OR_CHECKPOINT [solver.name=heun] [sample.count=1000] …``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pathline
+from pathline.core.errors import PathlineError
+from pathline.training import checkpoints, make_fabric, sampling
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code: 0, or 2 for a wrong input."""
+    parser = argparse.ArgumentParser(prog="sample.py", description="Draw samples from a trained model.")
+    parser.add_argument("model", help="a run's folder, or one checkpoint")
+    parser.add_argument("entries", nargs="*", metavar="entry=value", help="as solver.name=heun or guidance.0.scale=1.5")
+    given = parser.parse_args(arguments)
+    try:
+        sample(Path(given.model), given.entries)
+    except PathlineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def sample(model: Path, entries: Sequence[str]) -> None:
+    """Draw, write, and print what it cost."""
+    cpu = time.process_time()
+    checkpoint = checkpoints.find(model, lambda line: print(f"warning: {line}", file=sys.stderr))
+    configuration, parts = sampling.load(checkpoint, entries)
+    device = make_fabric(configuration.train).device
+    drawn = sampling.draw(configuration, parts, device)
+    run = checkpoint.parent.parent
+    output = Path(configuration.sample.output or run / f"samples-{configuration.solver['name']}.npz")
+    written = sampling.save(drawn, configuration, checkpoint, output, pathline.__version__)
+    print(
+        f"{len(drawn.x):,} samples by {configuration.solver['name']}, NFE {drawn.nfe} each, in {drawn.seconds:.1f} s "
+        f"({time.process_time() - cpu:.1f} CPU s with loading and writing)"
+    )
+    print("wrote " + ", ".join(map(str, written)))
+
+
+if __name__ == "__main__":  # run again under the package's name, so that no class lives in __main__
+    from pathline.sample import main as package_main
+
+    sys.exit(package_main())

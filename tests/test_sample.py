@@ -1,0 +1,198 @@
+"""``sample.py``: what it writes, that a sample depends on (seed, number) alone, and what it refuses."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import pathline
+from pathline import Draws, Flow, backbones, interpolants, solvers
+from pathline.sample import main
+from pathline.train import main as train
+from pathline.training.pictures import to_uint8
+
+CONFIGURATION = """
+data: digits
+backbone: {name: sit, input_size: 8, patch_size: 4, in_channels: 1, hidden_size: 12, depth: 2, num_heads: 3,
+           num_classes: 10}
+objective: velocity
+optim: {lr: 1e-2}
+ema: {decay: 0.5}
+solver: {name: euler, steps: 3}
+train: {steps: 6, global_batch: 5, folder: runs/x, accelerator: cpu}
+checkpoint: {every: 3}
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sample")
+    (folder / "c.yaml").write_text(CONFIGURATION)
+    assert train([str(folder / "c.yaml"), f"train.folder={folder / 'run'}"]) == 0
+    return folder / "run"
+
+
+def drawn(run, out, *words):
+    assert main([str(run), f"sample.output={out}", *words]) == 0
+    with np.load(out, allow_pickle=False) as arrays:
+        return arrays["arr_0"], arrays["arr_1"]
+
+
+def by_hand(run, labels, seed, guidance_scale=None):
+    """Heun's method with 2 steps, written out, on the saved averages."""
+    network = backbones.build(
+        "sit", input_size=8, patch_size=4, in_channels=1, hidden_size=12, depth=2, num_heads=3, num_classes=10
+    )
+    network.load_state_dict(load_file(run / "checkpoints" / "step-000000006" / "ema.safetensors"))
+
+    @torch.no_grad()
+    def velocity(x, t):
+        given = network(x, torch.full((len(x),), t), label=labels)
+        if guidance_scale is None:
+            return given
+        null = network(x, torch.full((len(x),), t), label=torch.full_like(labels, 10))
+        return null + guidance_scale * (given - null)
+
+    x = Draws(seed).normal("noise", range(len(labels)), (1, 8, 8))
+    for t, t_next in ((1.0, 0.5), (0.5, 0.0)):
+        first = velocity(x, t)
+        second = velocity(x + (t_next - t) * first, t_next)
+        x = x + (t_next - t) * (first + second) / 2
+    return x
+
+
+HEUN = ("solver.name=heun", "solver.steps=2", "sample.count=23", "sample.seed=3")
+
+
+@pytest.mark.parametrize(("words", "scale"), [((), None), (("guidance.0.scale=2.5",), 2.5)])
+def test_samples_are_those_written_out_by_hand(words, scale, run, tmp_path):
+    images, labels = drawn(run, tmp_path / "out.npz", *HEUN, *words)
+    expected_labels = torch.arange(23) % 10
+    x = by_hand(run, expected_labels, 3, scale)
+    levels = np.rint(127.5 * x.clamp(-1, 1).double().numpy() + 127.5).transpose(0, 2, 3, 1)
+    assert images.dtype == np.uint8 and images.shape == (23, 8, 8, 1)
+    assert labels.dtype == np.int64 and labels.tolist() == expected_labels.tolist()
+    difference = np.abs(images.astype(float) - levels)
+    assert difference.max() <= 1 and (difference > 0).mean() < 0.01  # a level where rounding falls on a half
+    assert images.std() > 10
+
+
+@pytest.mark.parametrize("solver", ["heun", "euler-maruyama"])
+def test_sample_i_depends_on_seed_and_i_alone(solver, run, tmp_path):
+    """Other batches, another count: the same images, also where the solver draws noise on the way."""
+    words = (f"solver.name={solver}", "solver.steps=3")
+    many, labels = drawn(run, tmp_path / "a.npz", *words, "sample.count=23", "sample.batch=23")
+    for count, batch in ((23, 5), (13, 7), (1, 1)):
+        some, theirs = drawn(run, tmp_path / "b.npz", *words, f"sample.count={count}", f"sample.batch={batch}")
+        assert np.abs(many[:count].astype(int) - some).max() <= 1
+        assert (labels[:count] == theirs).all()
+    other, _ = drawn(run, tmp_path / "c.npz", *words, "sample.count=23", "sample.seed=1")
+    assert np.abs(many.astype(int) - other).max() > 50
+
+
+def test_label_laws(run, tmp_path):
+    _, balanced = drawn(run, tmp_path / "a.npz", "sample.count=30", "solver.steps=1")
+    assert np.bincount(balanced).tolist() == [3] * 10
+    _, law = drawn(run, tmp_path / "b.npz", "sample.count=500", "solver.steps=1", "sample.labels=random")
+    counts = np.bincount(law, minlength=10)
+    assert len(counts) == 10 and counts.std() > 0
+    assert ((counts - 50) ** 2 / 50).sum() < 27.9  # chi-squared, 9 degrees of freedom, p = 0.001
+    _, again = drawn(run, tmp_path / "c.npz", "sample.count=200", "solver.steps=1", "sample.labels=random")
+    assert (again == law[:200]).all()
+
+
+def test_the_record_says_how_it_was_drawn(run, tmp_path, capsys):
+    out = tmp_path / "deep" / "out.npz"
+    drawn(run, out, *HEUN, "guidance.0.scale=1.5")
+    printed = capsys.readouterr().out
+    assert "NFE 4" in printed and "CPU s" in printed and str(out) in printed
+    record = json.loads(out.with_suffix(".json").read_text())
+    weights = (run / "checkpoints" / "step-000000006" / "ema.safetensors").read_bytes()
+    assert record["checkpoint"]["weights_sha256"] == hashlib.sha256(weights).hexdigest()
+    assert record["checkpoint"]["name"] == "step-000000006"
+    assert record["solver"]["name"] == "heun" and record["solver"]["steps"] == 2 and record["nfe"] == 4
+    assert record["guidance"][0]["scale"] == 1.5 and record["seed"] == 3 and record["count"] == 23
+    assert record["label_law"] == "balanced" and record["version"] == pathline.__version__
+    assert record["data"] == {"name": "digits", "split": "train"} and "round" in record["rounding"]
+    assert record["configuration"]["train"]["steps"] == 6
+
+
+def test_the_picture_has_a_row_a_class_and_ten_a_row(run, tmp_path):
+    out = tmp_path / "out.npz"
+    images, labels = drawn(run, out, "sample.count=130", "solver.steps=1")
+    picture = np.asarray(Image.open(out.with_suffix(".png")))
+    assert picture.shape == (4 * 91, 4 * 91)
+    for label, column in ((0, 0), (3, 7), (9, 9)):
+        top, left = 4 * (1 + 9 * label), 4 * (1 + 9 * column)
+        shown = picture[top : top + 32 : 4, left : left + 32 : 4]
+        assert (shown == images[labels == label][column, :, :, 0]).all()
+
+
+def test_an_older_checkpoint_and_the_default_output(run):
+    path = run / "checkpoints" / "step-000000003"
+    assert main([str(path), "sample.count=7"]) == 0
+    record = json.loads((run / "samples-euler.json").read_text())
+    assert record["checkpoint"]["name"] == "step-000000003" and (run / "samples-euler.npz").exists()
+
+
+def test_a_damaged_newest_checkpoint_is_left_aside_aloud(run, tmp_path, capsys):
+    import shutil
+
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    file = copy / "checkpoints" / "step-000000006" / "ema.safetensors"
+    file.write_bytes(file.read_bytes()[:-3])
+    drawn(copy, tmp_path / "out.npz", "sample.count=7")
+    said = capsys.readouterr()
+    assert "step-000000006" in said.out + said.err and "ema.safetensors of" in said.out + said.err
+    assert json.loads((tmp_path / "out.json").read_text())["checkpoint"]["name"] == "step-000000003"
+    assert main([str(copy / "checkpoints" / "step-000000006")]) == 2
+    assert "ema.safetensors of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["optim.lr=1"], "got 'optim.lr=1' for a trained model"),
+        (["backbone.depth=3"], "got 'backbone.depth=3' for a trained model"),
+        (["sample.cout=3"], "sample.cout: unknown entry; did you mean 'count'?"),
+        (["solver.name=huen"], "solver.name: unknown solver 'huen'; did you mean 'heun'?"),
+        (["sample.count=0"], "sample.count: got 0"),
+        (["sample.output=out.png"], "expected a name that ends in .npz"),
+    ],
+)
+def test_wrong_input(words, said, run, capsys):
+    assert main([str(run), *words]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: ") and said in printed and "Traceback" not in printed
+
+
+def test_nothing_there(tmp_path, capsys):
+    assert main([str(tmp_path / "nowhere")]) == 2
+    assert "holds no" in capsys.readouterr().err
+
+
+def test_every_byte_comes_back():
+    """x = (b - 127.5)/127.5 is the middle of level b: all 256 levels survive; what lies outside is clamped."""
+    levels = torch.arange(256, dtype=torch.float64)
+    x = ((levels - 127.5) / 127.5).float().reshape(64, 1, 2, 2)
+    assert to_uint8(x).reshape(-1).tolist() == list(range(256))
+    assert to_uint8(torch.tensor([-9.0, 9.0, 0.0]).reshape(3, 1, 1, 1)).reshape(-1).tolist() == [0, 255, 128]
+
+
+def test_the_network_is_that_of_the_library(run):
+    """A user can load the weights without the scripts."""
+    network = backbones.build(
+        "sit", input_size=8, patch_size=4, in_channels=1, hidden_size=12, depth=2, num_heads=3, num_classes=10
+    )
+    network.load_state_dict(load_file(run / "checkpoints" / "step-000000006" / "ema.safetensors"))
+    labels = torch.tensor([1, 7, 4])
+    noise = Draws(3).normal("noise", range(3), (1, 8, 8))
+    x = solvers.build("heun", steps=2)(Flow(network, interpolants.build("linear")), noise, label=labels, seed=0)
+    assert torch.allclose(x, by_hand(run, labels, 3), atol=1e-5)
