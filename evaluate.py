@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import pathline
-from pathline.core.errors import PathlineError
+from pathline.core.errors import DataError, PathlineError
+from pathline.metrics import Real
 from pathline.metrics.report import Judge, table
 from pathline.metrics.samples import read_record, read_samples
 
@@ -38,12 +40,14 @@ def evaluate(paths: Sequence[Path], data: str) -> None:
     """Measure each file, print a table, and write ``<samples>.metrics.json`` beside it."""
     cpu = time.process_time()
     read = [(path, *read_samples(path), read_record(path)) for path in paths]
-    judge = Judge.of(data)
+    real = Real.of(data)
+    for path, images, labels, _ in read:
+        check(real, path, images, labels)
+    judge = Judge.of(real)
     print(f"classifier digits-cnn: {judge.accuracy:.3f} of the held-out images right")
     for path, images, labels, record in read:
         records = judge.report(images, labels)
-        how = f", {record['solver']['name']}, NFE {record['nfe']}" if {"solver", "nfe"} <= record.keys() else ""
-        print(f"\n{path}: {records[0].count} samples{how}; {records[0].real_count} real\n{table(records)}")
+        print(f"\n{path}: the first {records[0].count} of {len(images)} samples{how(record)}\n{table(records)}")
         result: dict[str, Any] = {
             "version": pathline.__version__,
             "classifier_accuracy": judge.accuracy,
@@ -52,6 +56,22 @@ def evaluate(paths: Sequence[Path], data: str) -> None:
         }
         path.with_suffix(".metrics.json").write_text(json.dumps(result, indent=1))
     print(f"\nmeasured in {time.process_time() - cpu:.1f} CPU s")
+
+
+def check(real: Real, path: Path, images: Tensor, labels: Tensor) -> None:
+    """Check samples against the data; a DataError names the file."""
+    try:
+        real.check({"data": images, "label": labels})
+    except PathlineError as error:
+        raise DataError(f"{error}; in {path}") from error
+
+
+def how(record: dict[str, Any]) -> str:
+    """Say which solver drew the samples, as far as their record tells."""
+    solver = record.get("solver")
+    name = solver.get("name") if isinstance(solver, dict) else solver
+    words = {"": name, "NFE ": record.get("nfe")}
+    return "".join(f", {unit}{word}" for unit, word in words.items() if word is not None)
 
 
 if __name__ == "__main__":  # run again under the package's name, so that no class lives in __main__

@@ -10,14 +10,15 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from pathline.core.draws import Draws
-from pathline.core.errors import InputError
+from pathline.core.errors import InputError, InputTypeError
 from pathline.core.registry import Registry
 
-__all__ = ["Batch", "Dataset", "Indices", "registry"]
+__all__ = ["Batch", "Dataset", "Indices", "as_indices", "registry"]
 
 Batch = dict[str, Tensor]
 Indices = Sequence[int] | NDArray[np.int64] | Tensor | range
@@ -44,6 +45,7 @@ class Dataset(ABC):
 
         Raises:
             InputError: an index that does not exist.
+            InputTypeError: indices that are not whole numbers.
         """
 
     @property
@@ -91,6 +93,23 @@ class Dataset(ABC):
                 del orders[next(iter(orders))]
             orders[seed, epoch] = Draws(seed).permutation("data order", len(self), counter=epoch)
         return orders[seed, epoch]
+
+
+def as_indices(indices: Indices, count: int) -> Tensor:
+    """Return indices as an int64 tensor (N,) on the host, checked to lie in 0 … count − 1.
+
+    Raises:
+        InputError: another shape, or an index that does not exist.
+        InputTypeError: not whole numbers; a mask of booleans is none either.
+    """
+    given = np.asarray(indices.cpu() if isinstance(indices, Tensor) else indices)
+    if given.size and not np.issubdtype(given.dtype, np.integer):  # an empty list is of type float64
+        raise InputTypeError(
+            f"got indices of type {given.dtype}, expected whole numbers; for a mask call np.flatnonzero"
+        )
+    if given.ndim != 1 or (given.size and not 0 <= given.min() <= given.max() < count):
+        raise InputError(f"got indices {given.ravel()[:8].tolist()}, expected (N,) numbers from 0 to {count - 1}")
+    return torch.from_numpy(given.astype(np.int64))
 
 
 registry: Registry[Dataset] = Registry("data set", "data", Dataset)

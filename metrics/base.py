@@ -12,7 +12,9 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from pathline.core.errors import InputError
+from pathline import data
+from pathline.core.checks import check_finite, check_labels
+from pathline.core.errors import InputError, InputTypeError
 from pathline.core.registry import Registry
 from pathline.data import Dataset
 
@@ -51,6 +53,31 @@ class Real:
     training: Dataset
     held_out: Dataset
 
+    @classmethod
+    def of(cls, name: str) -> Real:
+        """Take the halves ``train`` and ``held-out`` of a data set by name."""
+        return cls(data.build(name, split="train"), data.build(name, split="held-out"))
+
+    def check(self, batch: Mapping[str, Tensor]) -> None:
+        """Check that samples are of the data's kind: ``data`` (N, C, H, W) in [−1, 1], and ``label`` (N,) if given.
+
+        Raises:
+            InputError: images of another shape or range, or labels that the data do not have.
+            InputTypeError: images that are not floating point, or labels that are not whole numbers.
+        """
+        images = batch["data"]
+        if not images.is_floating_point():
+            raise InputTypeError(
+                f"got samples of type {images.dtype}, expected floating point; levels a are a/127.5 - 1"
+            )
+        if images.ndim != 4 or tuple(images.shape[1:]) != tuple(self.training.shape):
+            raise InputError(f"got samples of shape {tuple(images.shape)}, expected (N, {str(self.training.shape)[1:]}")
+        check_finite(images, "samples")
+        if len(images) and float(images.abs().max()) > 1:
+            raise InputError(f"got samples up to ±{float(images.abs().max()):g}, expected [-1, 1]; call clamp(-1, 1)")
+        if "label" in batch:
+            check_labels(batch["label"], len(images), self.training.num_classes, null=False)
+
     def images(self, half: str, count: int | None = None) -> Tensor:
         """Return the first ``count`` images of the half ``training`` or ``held_out``, (M, C, H, W)."""
         return self._rows(half, count)["data"]
@@ -75,13 +102,9 @@ class Metric(ABC):
         """Take a batch in: ``data`` (N, C, H, W) in [−1, 1], and ``label`` (N,) where asked labels matter.
 
         Raises:
-            InputError: images of another shape than the data's.
+            InputError, InputTypeError: samples that are not of the data's kind, as ``Real.check`` says.
         """
-        shape = tuple(batch["data"].shape[1:])
-        if shape != tuple(self.real.training.shape):
-            raise InputError(
-                f"got samples of shape {shape}, expected {tuple(self.real.training.shape)} as the data have"
-            )
+        self.real.check(batch)
         self.count += len(batch["data"])
         self.take(batch)
 

@@ -5,6 +5,7 @@ N images, D features.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
@@ -89,8 +90,7 @@ class DigitsCNN(Features):
     def __init__(self, training: Dataset, epochs: int = 30, seed: int = 0) -> None:
         if tuple(training.shape) != (1, 8, 8) or not training.num_classes:
             raise InputError(f"got data of shape {tuple(training.shape)}, expected labelled images of shape (1, 8, 8)")
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(Draws(seed).torch_seed("classifier"))
+        with torch.device("meta"):  # weights come from a generator of our own below
             self.body = nn.Sequential(
                 nn.Conv2d(1, 32, 3, padding=1),
                 nn.ReLU(),
@@ -101,6 +101,7 @@ class DigitsCNN(Features):
                 nn.ReLU(),
             )
             self.head = nn.Linear(64, training.num_classes)
+        self._initialize(torch.Generator().manual_seed(Draws(seed).torch_seed("classifier")))
         self._train(training, epochs, seed)
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -119,6 +120,15 @@ class DigitsCNN(Features):
         """Share of a labelled data set's images that are classified as labelled."""
         batch = dataset.batch(range(len(dataset)))
         return float((self.classify(batch["data"]) == batch["label"]).double().mean())
+
+    def _initialize(self, generator: torch.Generator) -> None:
+        """Draw weights and biases uniformly in ± 1/√(inputs of a unit), torch's own law."""
+        for module in (*self.body, self.head):
+            module.to_empty(device="cpu")
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                bound = 1 / math.sqrt(module.weight[0].numel())
+                for parameter in module.parameters():
+                    nn.init.uniform_(parameter, -bound, bound, generator)
 
     def _train(self, training: Dataset, epochs: int, seed: int) -> None:
         parameters = [*self.body.parameters(), *self.head.parameters()]

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from pathline.core.checks import check_finite
 from pathline.core.errors import InputError
 from pathline.metrics.base import Metric, Real, Record, registry
 from pathline.metrics.features import Features
@@ -27,7 +28,10 @@ class Moments:
         self.scatter = torch.zeros(0, 0, dtype=torch.float64)
 
     def update(self, features: Tensor) -> None:
-        """Take in (N, D) features."""
+        """Take in (N, D) features; raises InputError for a NaN or an infinity."""
+        check_finite(features, "features")
+        if not len(features):  # the mean of no rows is NaN
+            return
         features = features.double()
         mean = features.mean(0)
         centred = features - mean
@@ -71,7 +75,9 @@ def frechet_distance(first: Moments, second: Moments) -> float:
     traces = one.trace() + two.trace()
     distance = float((first.mean - second.mean).square().sum() + traces - 2 * cross)
     if distance < -1e-6 * float(traces):
-        raise InputError(f"got a Fréchet distance of {distance:g}, expected 0 or more; the features are not finite")
+        raise InputError(
+            f"got a Fréchet distance of {distance:g}, expected 0 or more; a covariance has negative eigenvalues"
+        )
     return max(distance, 0.0)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from pathline import data, metrics
+from pathline import metrics
 from pathline.metrics import features
 from pathline.metrics.base import Real, Record
 from pathline.metrics.features import DigitsCNN
@@ -28,9 +28,8 @@ class Judge:
     accuracy: float
 
     @classmethod
-    def of(cls, name: str = "digits") -> Judge:
-        """Take the halves ``train`` and ``held-out`` of a data set by name, and train the classifier."""
-        real = Real(data.build(name, split="train"), data.build(name, split="held-out"))
+    def of(cls, real: Real) -> Judge:
+        """Train the classifier on the training half."""
         classifier = DigitsCNN(real.training)
         return cls(real, classifier, classifier.accuracy(real.held_out))
 
@@ -54,13 +53,14 @@ class Judge:
 
 
 def table(records: Iterable[Record]) -> str:
-    """Lay records out as lines: metric, figure, samples, real samples in their place, and what it says."""
-    rows = [("metric", "figure", "samples", "real", "meaning")]
+    """Lay records out as lines: metric, figure, samples, real samples in their place, both counts, what it says."""
+    rows = [("metric", "figure", "samples", "real", "counts", "meaning")]
     for record in records:
+        counts = f"{record.count}, {record.real_count}"
         for name, value in record.values.items():
-            rows.append((record.metric, name, f"{value:.3f}", f"{record.real[name]:.3f}", record.about[name]))
-    widths = [max(len(row[i]) for row in rows) for i in range(5)]
+            rows.append((record.metric, name, f"{value:.3f}", f"{record.real[name]:.3f}", counts, record.about[name]))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
-        f"{row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]:>{widths[2]}}  {row[3]:>{widths[3]}}  {row[4]}"
+        "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, "<<>>><", widths, strict=True)).rstrip()
         for row in rows
     )

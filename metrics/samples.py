@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,12 @@ def read_samples(path: Path) -> tuple[Tensor, Tensor]:
     """
     if not path.is_file():
         raise DataError(f"got no file at {path}, expected samples written by sample.py")
+    if not zipfile.is_zipfile(path):
+        raise DataError(f"got {path}, which is no .npz of plain arrays; expected samples written by sample.py")
     try:
         with np.load(path, allow_pickle=False) as arrays:
             found = {key: arrays[key] for key in ("arr_0", "arr_1") if key in arrays}
-    except (ValueError, OSError, zipfile.BadZipFile) as error:
+    except (ValueError, OSError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"got {path}, which is no .npz of plain arrays: {error}") from error
     if len(found) < 2:
         raise DataError(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from pathline import InputError, UnknownNameError, data
+from pathline import InputError, InputTypeError, UnknownNameError, data
 
 
 @pytest.mark.parametrize("name", data.names())
@@ -71,6 +71,10 @@ class TestContract:
         for indices in ([-1], [len(dataset)], [[0, 1]]):
             with pytest.raises(InputError, match=rf"expected \(N,\) numbers from 0 to {len(dataset) - 1}"):
                 dataset.batch(indices)
+        for indices in ([0.0, 1.0], np.array([True, False, True]), ["one"], [None]):
+            with pytest.raises(InputTypeError, match="expected whole numbers"):
+                dataset.batch(indices)
+        assert dataset.batch([])["data"].shape == (0, *dataset.shape)
         with pytest.raises(InputError, match="expected a run of non-negative ones"):
             dataset.indices_at(range(0, 10, 2), seed=0)
         for arguments in (dict(size=0, steps=1), dict(size=1, steps=-1), dict(size=1, steps=1, start=-1)):
@@ -96,7 +100,8 @@ def test_digits_splits():
     pixels = ((train.batch(range(898))["data"] + 1) * 8).to(torch.uint8).numpy().reshape(898, 8, 8)
     labels = train.batch(range(898))["label"].to(torch.uint8).numpy()
     assert train.manifest["sha256"] == hashlib.sha256(pixels.tobytes() + labels.tobytes()).hexdigest()
-    with pytest.raises(InputError, match="got split 'test', expected one of 'train', 'held-out', 'all'"):
-        data.build("digits", split="test")
+    for split in ("test", ["train"], None):
+        with pytest.raises(InputError, match="got split .*, expected one of 'train', 'held-out', 'all'"):
+            data.build("digits", split=split)
     with pytest.raises(UnknownNameError, match="unknown data set 'digit'; did you mean 'digits'"):
         data.build("digit")

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pathline.core.errors import InputError
-from pathline.data.base import Batch, Dataset, Indices, registry
+from pathline.data.base import Batch, Dataset, Indices, as_indices, registry
 
 __all__ = ["Digits"]
 
@@ -47,7 +47,7 @@ class Digits(Dataset):
     num_classes = 10
 
     def __init__(self, split: Literal["train", "held-out", "all"] = "train") -> None:
-        if split not in _SPLITS:
+        if split not in list(_SPLITS):  # a list, so that what cannot be hashed is refused as well
             raise InputError(f"got split {split!r}, expected one of {', '.join(map(repr, _SPLITS))}")
         self.split = split
         images, labels = (array[_SPLITS[split]] for array in _arrays())
@@ -60,9 +60,7 @@ class Digits(Dataset):
 
     def batch(self, indices: Indices) -> Batch:
         """Return images in [−1, 1], labels and indices."""
-        index = torch.as_tensor(np.asarray(indices), dtype=torch.int64)
-        if index.ndim != 1 or (len(index) and not 0 <= int(index.min()) <= int(index.max()) < len(self)):
-            raise InputError(f"got indices {index.tolist()[:8]}…, expected (N,) numbers from 0 to {len(self) - 1}")
+        index = as_indices(indices, len(self))
         return {"data": self._images[index], "label": self._labels[index], "index": index}
 
     @property
