@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(given.threads)
     try:
         evaluate(given.samples, given.data)
-    except PathlineError as error:
+    except (PathlineError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -8,9 +8,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+from lightning_fabric import Fabric
+
 import pathline
 from pathline.core.errors import PathlineError
-from pathline.training import checkpoints, make_fabric, sampling
+from pathline.training import checkpoints, sampling
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         sample(Path(given.model), given.entries)
-    except PathlineError as error:
+    except (PathlineError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
@@ -32,7 +35,9 @@ def sample(model: Path, entries: Sequence[str]) -> None:
     cpu = time.process_time()
     checkpoint = checkpoints.find(model, lambda line: print(f"warning: {line}", file=sys.stderr))
     configuration, parts = sampling.load(checkpoint, entries)
-    device = make_fabric(configuration.train).device
+    if configuration.train.threads is not None:
+        torch.set_num_threads(configuration.train.threads)
+    device = Fabric(accelerator="auto", devices=1).device  # whatever it was trained on
     drawn = sampling.draw(configuration, parts, device)
     run = checkpoint.parent.parent
     output = Path(configuration.sample.output or run / f"samples-{configuration.solver['name']}.npz")

@@ -14,7 +14,7 @@ from torch import nn
 import pathline
 from pathline.core.config import Configuration, load
 from pathline.core.errors import CheckpointError, PathlineError
-from pathline.training import Interrupted, Trainer, checkpoints
+from pathline.training import Interrupted, Trainer, check_machine, checkpoints
 from pathline.training.log import mean_over_last_steps, read_rows
 from pathline.training.parts import build
 
@@ -34,7 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Interrupted as stop:
         print(f"\n{stop}\ngo on with --resume auto", file=sys.stderr)
         return 130
-    except PathlineError as error:
+    except KeyboardInterrupt:  # before the first step or a second time: nothing more is saved
+        return 130
+    except (PathlineError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
@@ -43,6 +45,7 @@ def train(configuration: Configuration, resume: str | None, *, dry_run: bool) ->
     """Train, and print what came out."""
     folder = Path(configuration.train.folder)
     checkpoint = _checkpoint(folder, resume)
+    check_machine(configuration.train)
     parts = build(configuration)
     if dry_run:
         print(configuration.to_yaml() + _plan(configuration, parts.backbone))

@@ -12,6 +12,7 @@ import yaml
 from pathline.core import config, overrides
 from pathline.core.config import differences, load, resolve
 from pathline.core.errors import ConfigurationError
+from pathline.training import check_machine
 from pathline.training.parts import build
 
 RECIPE = Path(__file__).parent.parent / "configs" / "deepflow-digits.yaml"
@@ -222,7 +223,6 @@ def test_wrong_entries_are_named_with_the_nearest_valid_one(word, said):
         (["train.stop_at=8"], "train.stop_at: got 8, after the last step 7"),
         (["optim.warmup_steps=9"], "optim.warmup_steps: got 9, more than train.steps 7"),
         (["optim.final_lr_fraction=0.1"], "optim.final_lr_fraction: got 0.1 beside a constant schedule"),
-        (["train.precision=fp16", "train.accelerator=cpu"], "train.precision: got fp16 without a CUDA device"),
         (["backbone.input_size=12"], "backbone: takes inputs of shape (1, 12, 12), and the data have (1, 8, 8)"),
         (["backbone.in_channels=3"], "backbone: takes inputs of shape (3, 8, 8)"),
         (["backbone.num_classes=7"], "backbone.num_classes: got 7, and the data have 10 classes"),
@@ -242,9 +242,20 @@ def test_contradictions_are_found_before_anything_starts(words, said):
     assert said in refusal(*words)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-def test_cuda_where_there_is_none():
-    assert "train.devices: got 1, of 0 CUDA devices" in refusal("train.accelerator=cuda")
+def test_what_the_machine_lacks(monkeypatch):
+    """Training is refused; the configuration itself is not, so that its model can be sampled from elsewhere."""
+    for count, words, said in (
+        (0, ["train.precision=fp16"], "train.precision: got fp16 without a CUDA device"),
+        (4, ["train.precision=fp16", "train.accelerator=cpu"], "train.precision: got fp16 without a CUDA device"),
+        (0, ["train.accelerator=cuda"], "train.devices: got 1, of 0 CUDA devices"),
+        (1, ["train.devices=2"], "train.devices: got 2, of 1 CUDA devices"),
+    ):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
+        train = resolve(entries(*words)).train
+        with pytest.raises(ConfigurationError, match=said):
+            check_machine(train)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    check_machine(resolve(entries("train.devices=2")).train)
 
 
 def test_all_problems_come_in_one_error():

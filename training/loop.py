@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pathline.core.config import Configuration, Train
 from pathline.core.draws import Draws
+from pathline.core.errors import ConfigurationError
 from pathline.training import checkpoints, sampling
 from pathline.training.guard import guarded_step
 from pathline.training.interrupt import Interrupt
@@ -19,7 +20,7 @@ from pathline.training.optim import learning_rate
 from pathline.training.parts import Parts, build
 from pathline.training.state import State, load_weights
 
-__all__ = ["Interrupted", "Trainer", "make_fabric"]
+__all__ = ["Interrupted", "Trainer", "check_machine", "make_fabric"]
 
 PRECISIONS: dict[str, Literal["32-true", "bf16-mixed", "16-mixed"]] = {
     "fp32": "32-true",
@@ -32,8 +33,22 @@ class Interrupted(Exception):  # not an error
     """Ctrl-C ended the run; its state is saved."""
 
 
+def check_machine(train: Train) -> None:
+    """Check that this machine can train as configured; a model can be read and sampled from on any other.
+
+    Raises:
+        ConfigurationError: fp16 without a CUDA device (Fabric would silently take bf16), or too few devices.
+    """
+    cuda = torch.cuda.device_count() if train.accelerator in ("auto", "cuda") else 0
+    if train.precision == "fp16" and not cuda:
+        raise ConfigurationError("train.precision: got fp16 without a CUDA device, expected fp32 or bf16 there")
+    if cuda < train.devices and (train.accelerator == "cuda" or cuda):
+        raise ConfigurationError(f"train.devices: got {train.devices}, of {cuda} CUDA devices; set train.devices lower")
+
+
 def make_fabric(train: Train) -> Fabric:
-    """Return Fabric for the configured devices and precision, not launched."""
+    """Return Fabric for the configured devices and precision, not launched; raises as ``check_machine``."""
+    check_machine(train)
     if train.threads is not None:
         torch.set_num_threads(train.threads)
     return Fabric(
