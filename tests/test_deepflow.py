@@ -225,6 +225,8 @@ def test_alignment_needs_both_sides():
     assert loss.terms["align"].shape == (2,)
     with pytest.raises(InputError, match="got 0 encoder features with align 0.5; give both or neither"):
         objective(align=0.5)(backbone, data, draws, label=LABEL)
+    with pytest.raises(InputError, match="a backbone with projectors but no encoder features"):
+        objective()(backbone, data, draws, label=LABEL)
     with pytest.raises(InputError, match="got 1 encoder features with align 0"):
         objective()(backbone, data, draws, label=LABEL, features=features)
     with pytest.raises(InputError, match="features of 2 encoders for a backbone with 1 projectors"):

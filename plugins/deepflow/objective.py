@@ -99,6 +99,8 @@ class DeepFlowObjective(Objective):
         times = tuple(t.to(data.device) for t in self.draw_times(draws, _branch_count(backbone)))
         x = self.interpolant.interpolate(data, noise, times[0])
         out: Branches = backbone(x, times[0], branch_times=times[1:], **conditions)
+        if any(out.features) and not features:  # data parallelism cannot wait for gradients that never come
+            raise InputError("got a backbone with projectors but no encoder features; build it without align_dims")
         terms, errors = self._terms(out, data, noise, times, features)
         details = {f"velocity_{i}": error for i, error in enumerate(errors[:-1], start=1)}
         return self.combine(terms, {"velocity": errors[-1], **details})
