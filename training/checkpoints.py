@@ -126,9 +126,8 @@ def check_tensors(ours: Tensors, theirs: Tensors, what: str) -> None:
         for key, value in ours.items()
         if key in theirs and (theirs[key].shape, theirs[key].dtype) != (value.shape, value.dtype)
     ]
-    listed = [f"missing {', '.join(missing[:4])}"] * bool(missing) + [f"unexpected {', '.join(unexpected[:4])}"] * bool(
-        unexpected
-    )
+    lists = (("missing", missing), ("unexpected", unexpected))
+    listed = [f"{word} {', '.join(keys[:4])}" for word, keys in lists if keys]
     if missing or unexpected or changed:
         raise CheckpointError(f"got {what} that do not fit the network: {'; '.join(listed + changed[:4])}")
 
