@@ -58,10 +58,10 @@ def evaluate(paths: Sequence[Path], data: str) -> None:
     print(f"\nmeasured in {time.process_time() - cpu:.1f} CPU s")
 
 
-def check(real: Real, path: Path, images: Tensor, labels: Tensor) -> None:
+def check(real: Real, path: Path, images: Tensor, labels: Tensor | None) -> None:
     """Check samples against the data; a DataError names the file."""
     try:
-        real.check({"data": images, "label": labels})
+        real.check({"data": images} if labels is None else {"data": images, "label": labels})
     except PathlineError as error:
         raise DataError(f"{error}; in {path}") from error
 

@@ -33,17 +33,18 @@ class Judge:
         classifier = DigitsCNN(real.training)
         return cls(real, classifier, classifier.accuracy(real.held_out))
 
-    def report(self, images: Tensor, labels: Tensor) -> list[Record]:
-        """Measure samples (N, C, H, W) in [−1, 1] with their asked labels (N,).
+    def report(self, images: Tensor, labels: Tensor | None) -> list[Record]:
+        """Measure samples (N, C, H, W) in [−1, 1] with their asked labels (N,); None leaves label agreement out.
 
         Only as many samples as there are training images are used, the first: real and generated counts are then equal.
         """
         count = min(len(images), len(self.real.training))
-        batch = {"data": images[:count], "label": labels[:count]}
+        batch = {"data": images[:count]} if labels is None else {"data": images[:count], "label": labels[:count]}
         spaces = [features.build(name, training=self.real.training) for name in ("pixels", "pca")]
         asked = [metrics.build("frechet", real=self.real, features=space) for space in (*spaces, self.classifier)]
+        if labels is not None:
+            asked.append(metrics.build("label-agreement", real=self.real, classifier=self.classifier))
         asked += [
-            metrics.build("label-agreement", real=self.real, classifier=self.classifier),
             metrics.build("precision-recall", real=self.real, features=self.classifier),
             metrics.build("memorisation", real=self.real),
         ]

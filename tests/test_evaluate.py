@@ -35,8 +35,7 @@ def test_evaluate_prints_a_table_and_writes_a_record(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(arr_0=None), "expected arr_0 .images. and arr_1"),
-        (dict(arr_1=None), "expected arr_0 .images. and arr_1"),
+        (dict(arr_0=None), "without an array arr_0"),
         (dict(arr_0=np.zeros((60, 8, 8, 1), np.float32)), "images float32"),
         (dict(arr_0=np.zeros((60, 8, 8), np.uint8)), "expected uint8 .N, H, W, C."),
         (dict(arr_1=np.arange(7)), "expected 60 whole numbers"),
@@ -51,6 +50,14 @@ def test_evaluate_names_what_is_wrong_before_it_trains(changes, message, tmp_pat
     assert evaluate([write(tmp_path / "samples.npz", **changes)]) == 2
     printed = capsys.readouterr().err
     assert printed.startswith("error: got") and re.search(message, printed) and "samples.npz" in printed
+
+
+def test_samples_without_labels_are_measured_but_for_their_labels(tmp_path):
+    with_them, without = write(tmp_path / "a.npz"), write(tmp_path / "b.npz", arr_1=None)
+    assert evaluate([with_them, without]) == 0
+    first, second = (json.loads((tmp_path / f"{name}.metrics.json").read_text())["metrics"] for name in "ab")
+    assert [entry for entry in first if not entry["metric"].startswith("label agreement")] == second
+    assert len(first) == len(second) + 1
 
 
 def test_evaluate_of_two_files_trains_one_classifier(tmp_path, monkeypatch):
