@@ -32,12 +32,13 @@ format: .venv ## apply the style
 
 .venv: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "pathline needs Python 3.11 or later")'
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade --constraint constraints.txt pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	rm -rf pathline.egg-info build  # left by setuptools; it would shadow the installed metadata
-	mkdir -p .typing && ln -sfn .. .typing/pathline
-	touch .venv
+	@trap 'rm -rf .venv pathline.egg-info build' EXIT; trap 'exit 1' INT TERM; set -ex; \
+	$(PYTHON) -m venv .venv; \
+	$(BIN)/python -m pip install --quiet --upgrade --constraint constraints.txt pip; \
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'; \
+	rm -rf pathline.egg-info build; : left by setuptools, would shadow the installed metadata; \
+	mkdir -p .typing; ln -sfn .. .typing/pathline; \
+	touch .venv; trap - EXIT
 
 clean: ## remove what was built; runs stay
 	rm -rf .venv .typing build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
