@@ -27,10 +27,11 @@ class MLP(Backbone):
 
     def __init__(self, *, dim: int = 2, hidden_size: int = 128, depth: int = 3, num_classes: int = 0) -> None:
         super().__init__()
-        if min(dim, hidden_size, depth) < 1 or num_classes < 0:
+        numbers = (dim, hidden_size, depth, num_classes)
+        if not all(isinstance(n, int) for n in numbers) or min(numbers[:-1]) < 1 or num_classes < 0:
             raise InputError(
                 f"got dim {dim}, hidden_size {hidden_size}, depth {depth}, num_classes {num_classes}; "
-                "expected positive numbers (num_classes may be 0)"
+                "expected positive whole numbers (num_classes may be 0)"
             )
         self.num_classes, self.null_label, self.input_shape = num_classes, num_classes or None, (dim,)
         self.time = ScalarEmbedding(hidden_size)

@@ -155,10 +155,11 @@ def resolve_size(
 def _check_sizes(
     width: int, heads: int, depth: int, image: tuple[int, int], patch: int, channels: int, classes: int
 ) -> None:
-    if min(width, heads, depth, patch, channels) < 1 or classes < 0:
+    numbers = (width, heads, depth, patch, channels, classes)
+    if not all(isinstance(n, int) for n in numbers) or min(numbers[:-1]) < 1 or classes < 0:
         raise InputError(
             f"got hidden_size {width}, num_heads {heads}, depth {depth}, patch_size {patch}, in_channels {channels}, "
-            f"num_classes {classes}; expected positive numbers (num_classes may be 0)"
+            f"num_classes {classes}; expected positive whole numbers (num_classes may be 0)"
         )
     if width % heads:
         raise InputError(f"got hidden_size {width} and num_heads {heads}; the heads must divide the width")

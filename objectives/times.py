@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -48,8 +49,8 @@ class LogitNormal(TimeLaw):
     """
 
     def __init__(self, mean: float = 0.0, std: float = 1.0) -> None:
-        if not std > 0:
-            raise InputError(f"got std {std}, expected a number above 0")
+        if not (math.isfinite(mean) and 0 < std < math.inf):
+            raise InputError(f"got mean {mean} and std {std}, expected finite numbers, std above 0")
         self.mean, self.std = mean, std
 
     def sample(self, draws: BoundDraws) -> Tensor:

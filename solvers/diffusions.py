@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -38,8 +39,8 @@ class Linear(Diffusion):
     """
 
     def __init__(self, norm: float = 1.0) -> None:
-        if not norm > 0:
-            raise InputError(f"got norm {norm}, expected a number above 0")
+        if not 0 < norm < math.inf:
+            raise InputError(f"got norm {norm}, expected a finite number above 0")
         self.norm = norm
 
     def squared(self, t: Tensor, interpolant: Interpolant) -> Tensor:

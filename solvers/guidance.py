@@ -51,8 +51,10 @@ class ClassifierFree(Guidance):
     def __init__(
         self, scale: float = 1.5, *, interval: tuple[float, float] = (0.0, 1.0), null: int | None = None
     ) -> None:
+        if len(interval) != 2:
+            raise InputError(f"got guidance interval {tuple(interval)}, expected (low, high)")
         low, high = interval
-        if not math.isfinite(scale):
+        if not isinstance(scale, int | float) or not math.isfinite(scale):
             raise InputError(f"got guidance scale {scale}, expected a finite number; 1 is off")
         if not 0 <= low <= high <= 1:
             raise InputError(f"got guidance interval {tuple(interval)}, expected (low, high) with 0 ≤ low ≤ high ≤ 1")

@@ -113,7 +113,8 @@ class TestContract:
         (dict(input_size=(4, 7)), "patch must divide both sides"),
         (dict(num_heads=5), "heads must divide the width"),
         (dict(hidden_size=6, num_heads=3), "multiple of 4"),
-        (dict(in_channels=0), "expected positive numbers"),
+        (dict(in_channels=0), "expected positive whole numbers"),
+        (dict(depth=2.5), "expected positive whole numbers"),
         (dict(num_classes=-1), "num_classes may be 0"),
         (dict(input_size=(4, 4, 4)), "two of them"),
         (dict(hidden_size=None), "got no size"),
@@ -128,8 +129,9 @@ def test_sizes_that_do_not_fit(options, message):
 
 
 def test_mlp_sizes():
-    with pytest.raises(InputError, match="expected positive numbers"):
-        backbones.build("mlp", depth=0)
+    for sizes in (dict(depth=0), dict(depth=1.5), dict(num_classes=-1)):
+        with pytest.raises(InputError, match="expected positive whole numbers"):
+            backbones.build("mlp", **sizes)
 
 
 def test_a_fresh_transformer_predicts_zero():

@@ -129,6 +129,7 @@ def test_cuts_and_sizes_by_name():
         (dict(cuts=(6,)), r"got cuts \(6,\)"),
         (dict(cuts=(3, 1)), r"got cuts \(3, 1\)"),
         (dict(cuts=(2, 2)), r"got cuts \(2, 2\)"),
+        (dict(cuts=2), r"got cuts 2, expected a sequence of block counts; write \(2,\)"),
         (dict(cuts=(-1,)), r"got cuts \(-1,\)"),
         (dict(cuts=None, branches=2), "got branches 2 and depth 5; expected a divisor of the depth, or give cuts"),
         (dict(cuts=None, branches=0), "got branches 0"),
@@ -238,7 +239,16 @@ def test_alignment_needs_both_sides():
 
 
 def test_bad_objectives():
-    for options in (dict(acceleration=-1), dict(align=-0.1), dict(max_gap=2), dict(branch_weights=(1.0, -1.0))):
+    nan, inf = float("nan"), float("inf")
+    for options in (
+        dict(acceleration=nan),
+        dict(align=inf),
+        dict(max_gap=nan),
+        dict(acceleration=-1),
+        dict(align=-0.1),
+        dict(max_gap=2),
+        dict(branch_weights=(1.0, -1.0)),
+    ):
         with pytest.raises(InputError, match="expected weights of 0 or more and a gap"):
             objective(**options)
     with pytest.raises(InputError, match="3 branches, 3 times and 2 branch weights"):

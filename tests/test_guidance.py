@@ -108,6 +108,6 @@ def test_bad_input():
     for scale in (math.nan, math.inf):
         with pytest.raises(InputError, match="expected a finite number"):
             guidance.build("classifier-free", scale=scale)
-    for interval in ((0.7, 0.1), (-0.1, 0.5), (0.1, 1.5)):
+    for interval in ((0.7, 0.1), (-0.1, 0.5), (0.1, 1.5), (0.2,), (0.1, 0.2, 0.3)):
         with pytest.raises(InputError, match="guidance interval"):
             guidance.build("classifier-free", interval=interval)

@@ -124,8 +124,9 @@ def test_laws_by_name_mapping_and_instance():
     assert build(times={"name": "logit-normal", "mean": 2}).times.mean == 2
     with pytest.raises(UnknownNameError, match="unknown law of time 'lognormal'; did you mean 'logit-normal'"):
         build(times="lognormal")
-    with pytest.raises(InputError, match="got std 0"):
-        times.build("logit-normal", std=0)
+    for mean, std in ((0.0, 0.0), (0.0, math.inf), (0.0, math.nan), (math.inf, 1.0)):
+        with pytest.raises(InputError, match=f"got mean {mean} and std {std}"):
+            times.build("logit-normal", mean=mean, std=std)
 
 
 def test_bad_inputs():

@@ -289,8 +289,9 @@ def test_stochastic_options():
         build("euler-maruyama", last_step="nothing")
     with pytest.raises(InputError, match="it needs end=0"):
         build("euler-maruyama", last_step="tweedie", end=0.1)
-    with pytest.raises(InputError, match="got norm 0"):
-        build("euler-maruyama", diffusion={"name": "linear", "norm": 0})
+    for norm in (0, float("nan"), float("inf")):
+        with pytest.raises(InputError, match=f"got norm {norm}, expected a finite number above 0"):
+            build("euler-maruyama", diffusion={"name": "linear", "norm": norm})
     with pytest.raises(InputError, match="use the grid 'uniform'"):
         build("euler-maruyama", steps=3, start=0.03)
     with pytest.raises(InputError, match="got last 1.5"):

@@ -181,6 +181,8 @@ def _build_trunk(name: str, **options: Any) -> Trunk:
 
 def _resolve_cuts(branches: int | None, cuts: Sequence[int] | None, depth: int) -> tuple[int, ...]:
     """Return the cuts, given or spread evenly; raise InputError where they do not fit."""
+    if isinstance(cuts, int):
+        raise InputError(f"got cuts {cuts}, expected a sequence of block counts; write ({cuts},)")
     if cuts is not None:
         chosen = tuple(cuts)
         if branches is not None and branches != len(chosen) + 1:

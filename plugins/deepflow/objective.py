@@ -5,6 +5,7 @@ N samples, S the shape of one sample, k branches, T tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -68,7 +69,8 @@ class DeepFlowObjective(Objective):
         max_gap: float = 0.01,
     ) -> None:
         super().__init__(interpolant, times=times, label_dropout=label_dropout)
-        if min(acceleration, align, *(branch_weights or ())) < 0 or not 0 <= max_gap <= 1:
+        weights = (acceleration, align, *(branch_weights or ()))
+        if not all(0 <= weight < math.inf for weight in weights) or not 0 <= max_gap <= 1:
             raise InputError(
                 f"got branch_weights {branch_weights}, acceleration {acceleration}, align {align}, max_gap {max_gap}; "
                 "expected weights of 0 or more and a gap in [0, 1]"
