@@ -39,8 +39,8 @@ def sample(model: Path, entries: Sequence[str]) -> None:
         torch.set_num_threads(configuration.train.threads)
     device = Fabric(accelerator="auto", devices=1).device  # whatever it was trained on
     drawn = sampling.draw(configuration, parts, device)
-    run = checkpoint.parent.parent
-    output = Path(configuration.sample.output or run / f"samples-{configuration.solver['name']}.npz")
+    run = checkpoint.resolve().parent.parent
+    output = Path(configuration.sample.output or run / sampling.default_name(configuration))
     written = sampling.save(drawn, configuration, checkpoint, output, pathline.__version__)
     print(
         f"{len(drawn.x):,} samples by {configuration.solver['name']}, NFE {drawn.nfe} each, in {drawn.seconds:.1f} s "

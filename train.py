@@ -72,7 +72,10 @@ def train(configuration: Configuration, resume: str | None, *, dry_run: bool) ->
 def _checkpoint(folder: Path, resume: str | None) -> Path | None:
     """Return the checkpoint to go on from; raise CheckpointError where a new run would overwrite an old one."""
     if resume not in (None, "auto"):
-        return Path(str(resume))
+        path = checkpoints.find(Path(str(resume)))
+        if path.resolve().parent.parent != folder.resolve() and (folder / "metrics.jsonl").exists():
+            raise CheckpointError(f"got {path}, and {folder}, which holds another run; name another train.folder")
+        return path
     found = checkpoints.latest(folder / "checkpoints", lambda line: print(f"warning: {line}", file=sys.stderr))
     if resume == "auto":
         if found is None and any((folder / "checkpoints").glob("step-*")):

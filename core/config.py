@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, WrapValidator
 
 from pathline import backbones, data, interpolants, objectives, solvers
 from pathline.core import overrides
@@ -88,11 +88,21 @@ class Checkpoint(Section):
     keep: Positive = 3
 
 
+def _labels(value: Any, check: Callable[[Any], Any]) -> Any:
+    try:
+        return check(value)
+    except ValidationError:  # one message in the place of one for each type
+        raise ValueError("expected balanced, random, none, a class, or a list of classes") from None
+
+
+Labels = Annotated[Literal["balanced", "random", "none"] | Natural | list[Natural], WrapValidator(_labels)]
+
+
 class Sample(Section):
-    """What ``sample.py`` draws; labels are balanced (i mod classes) or random, ``batch`` does not change a sample."""
+    """What ``sample.py`` draws; labels are balanced (i mod classes), random, none (the null label), or given."""
 
     count: Positive = 100
-    labels: Literal["balanced", "random"] = "balanced"
+    labels: Labels = "balanced"
     seed: Natural = 0
     batch: Positive = 250
     output: str | None = None
@@ -230,7 +240,7 @@ def _typed(value: Any, annotation: Any, path: str, problems: list[str]) -> Any:
     if annotation is inspect.Parameter.empty or isinstance(annotation, str):
         return value
     try:
-        adapter = TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True))
+        adapter = TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False))
         return adapter.dump_python(adapter.validate_python(value), mode="json")
     except ValidationError as error:
         problems.append(f"{path}: got {value!r}; {error.errors()[0]['msg']}")
@@ -247,7 +257,7 @@ def _explain(detail: dict[str, Any]) -> str:
         return f"{path}: unknown entry; {suggest(str(place[-1]), known)}"
     if detail["type"] == "missing":
         return f"{path}: missing"
-    return f"{path}: got {detail['input']!r}; {detail['msg']}"
+    return f"{path}: got {detail['input']!r}; {detail['msg'].removeprefix('Value error, ')}"
 
 
 def _contradictions(c: Configuration) -> Iterator[str]:

@@ -84,6 +84,17 @@ def test_resuming_from_a_named_checkpoint_in_another_folder(run, tmp_path):
     assert all((first[key] == second[key]).all() for key in first)
 
 
+def test_resuming_another_run_into_an_occupied_folder_is_refused(run, tmp_path, capsys):
+    assert run("train.stop_at=1") == 0
+    assert run(f"train.folder={tmp_path / 'other'}", "train.seed=8") == 0
+    before = (tmp_path / "other" / "metrics.jsonl").read_bytes()
+    capsys.readouterr()
+    assert run("--resume", str(tmp_path / "run"), f"train.folder={tmp_path / 'other'}") == 2
+    said = capsys.readouterr().err
+    assert "holds another run" in said and str(tmp_path / "other") in said
+    assert (tmp_path / "other" / "metrics.jsonl").read_bytes() == before
+
+
 def test_a_folder_with_a_run_is_refused(run, capsys):
     assert run("train.stop_at=1") == 0
     capsys.readouterr()

@@ -13,6 +13,7 @@ from pathline.core import config, overrides
 from pathline.core.config import differences, load, resolve
 from pathline.core.errors import ConfigurationError
 from pathline.training import check_machine
+from pathline.training.loop import make_fabric
 from pathline.training.parts import build
 
 RECIPE = Path(__file__).parent.parent / "configs" / "deepflow-digits.yaml"
@@ -32,6 +33,10 @@ BASE = {
     "solver": {"name": "euler", "steps": 5},
     "train": {"steps": 7, "folder": "runs/x", "global_batch": 6},
 }
+DEEPFLOW = (
+    "{name: deepflow, input_size: 8, patch_size: 4, in_channels: 1, hidden_size: 12, depth: 2, num_heads: 3, "
+    "num_classes: 10, cuts: [1], acceleration_width: 7}"
+)
 
 
 def entries(*words: str) -> dict:
@@ -191,7 +196,8 @@ def test_no_file(tmp_path):
         ("train.steps=true", "train.steps: got True"),
         ("train.precision=fp8", "train.precision: got 'fp8'"),
         ("checkpoint.keep=0", "checkpoint.keep: got 0"),
-        ("sample.labels=all", "sample.labels: got 'all'"),
+        ("sample.labels=all", "sample.labels: got 'all'; expected balanced, random, none, a class, or a list"),
+        ("sample.labels=[0, -1]", "sample.labels: got [0, -1]; expected balanced"),
         ("data.name=digts", "data.name: unknown data set 'digts'; did you mean 'digits'?"),
         ("data.splt=train", "data.splt: data set 'digits' has no such option; did you mean 'split'?"),
         ("data.split=test", "data.split: got 'test'"),
@@ -209,6 +215,9 @@ def test_no_file(tmp_path):
         ("guidance.0.scale=high", "guidance.0.scale: got 'high'"),
         ("guidance.0.interval=[0.2]", "guidance.0.interval: got [0.2]"),
         ("guidance=high", "guidance: got 'high'"),
+        ("guidance.0.scale=.inf", "guidance.0.scale: got inf"),
+        ("objective.times.mean=.nan", "objective.times.mean: got nan"),
+        ("objective.label_dropout=.nan", "objective.label_dropout: got nan"),
     ],
 )
 def test_wrong_entries_are_named_with_the_nearest_valid_one(word, said):
@@ -232,10 +241,14 @@ def test_wrong_entries_are_named_with_the_nearest_valid_one(word, said):
         (["guidance.0.scale=2", "backbone.num_classes=0"], "guidance: needs a backbone with classes"),
         (["guidance.0.interval=[0.7, 0.1]"], "guidance.0: got guidance interval"),
         (["objective.label_dropout=1.5"], "objective: got label_dropout 1.5"),
-        (["objective.times.std=0"], "objective: got std 0"),
+        (["objective.times.std=0"], "objective: got mean 0.0 and std 0"),
         (["objective.name=deepflow"], "objective: got a SiT without branches"),
         (["solver.steps=0"], "solver: got steps 0"),
         (["solver.start=2"], "solver: got start 2"),
+        (
+            [f"backbone={DEEPFLOW}", "train.devices=2"],
+            "objective: gives no gradient to middle_head",
+        ),
     ],
 )
 def test_contradictions_are_found_before_anything_starts(words, said):
@@ -254,6 +267,9 @@ def test_what_the_machine_lacks(monkeypatch):
         train = resolve(entries(*words)).train
         with pytest.raises(ConfigurationError, match=said):
             check_machine(train)
+    if not torch.backends.mps.is_available():
+        with pytest.raises(ConfigurationError, match="train.accelerator: got mps, of which Fabric says"):
+            make_fabric(resolve(entries("train.accelerator=mps")).train)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     check_machine(resolve(entries("train.devices=2")).train)
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 import pathline
 from pathline import Draws, Flow, backbones, interpolants, solvers
+from pathline.evaluate import main as evaluate
 from pathline.sample import main
 from pathline.train import main as train
 from pathline.training.pictures import to_uint8
@@ -59,7 +60,7 @@ def by_hand(run, labels, seed, guidance_scale=None):
         null = network(x, torch.full((len(x),), t), label=torch.full_like(labels, 10))
         return null + guidance_scale * (given - null)
 
-    x = Draws(seed).normal("noise", range(len(labels)), (1, 8, 8))
+    x = Draws(seed).normal("initial noise", range(len(labels)), (1, 8, 8))
     for t, t_next in ((1.0, 0.5), (0.5, 0.0)):
         first = velocity(x, t)
         second = velocity(x + (t_next - t) * first, t_next)
@@ -107,6 +108,20 @@ def test_label_laws(run, tmp_path):
     assert (again == law[:200]).all()
 
 
+def test_labels_by_name(run, tmp_path):
+    """One class for all, a list repeated, and none: the null label, which no file names."""
+    for words, expected in (("7", [7] * 5), ("[3, 1]", [3, 1, 3, 1, 3])):
+        images, labels = drawn(run, tmp_path / "a.npz", "sample.count=5", "solver.steps=1", f"sample.labels={words}")
+        assert labels.tolist() == expected
+    assert main([str(run), *HEUN, "sample.labels=none", f"sample.output={tmp_path / 'b.npz'}"]) == 0
+    with np.load(tmp_path / "b.npz") as arrays:
+        assert arrays.files == ["arr_0"]
+        images = arrays["arr_0"]
+    x = by_hand(run, torch.full((23,), 10), 3)
+    assert np.abs(images[..., 0] - (127.5 * x.clamp(-1, 1) + 127.5).round()[:, 0].numpy()).max() <= 1
+    assert evaluate([str(tmp_path / "b.npz")]) == 0
+
+
 def test_the_record_says_how_it_was_drawn(run, tmp_path, capsys):
     out = tmp_path / "deep" / "out.npz"
     drawn(run, out, *HEUN, "guidance.0.scale=1.5")
@@ -137,8 +152,10 @@ def test_the_picture_has_a_row_a_class_and_ten_a_row(run, tmp_path):
 def test_an_older_checkpoint_and_the_default_output(run):
     path = run / "checkpoints" / "step-000000003"
     assert main([str(path), "sample.count=7"]) == 0
-    record = json.loads((run / "samples-euler.json").read_text())
-    assert record["checkpoint"]["name"] == "step-000000003" and (run / "samples-euler.npz").exists()
+    assert main([str(path), "sample.count=7", "sample.seed=4", "guidance.0.scale=1.5", "solver.steps=2"]) == 0
+    for name in ("samples-euler-3-seed-0", "samples-euler-2-classifier-free-1.5-seed-4"):
+        record = json.loads((run / f"{name}.json").read_text())
+        assert record["checkpoint"]["name"] == "step-000000003" and (run / f"{name}.npz").exists()
 
 
 def test_a_damaged_newest_checkpoint_is_left_aside_aloud(run, tmp_path, capsys):
@@ -163,6 +180,8 @@ def test_a_damaged_newest_checkpoint_is_left_aside_aloud(run, tmp_path, capsys):
         (["backbone.depth=3"], "got 'backbone.depth=3' for a trained model"),
         (["sample.cout=3"], "sample.cout: unknown entry; did you mean 'count'?"),
         (["solver.name=huen"], "solver.name: unknown solver 'huen'; did you mean 'heun'?"),
+        (["sample.labels=[0, 10]"], "sample.labels: got [0, 10], expected classes from 0 to 9"),
+        (["sample.labels=[]"], "sample.labels: got []"),
         (["sample.count=0"], "sample.count: got 0"),
         (["sample.output=out.png"], "expected a name that ends in .npz"),
     ],
@@ -193,6 +212,6 @@ def test_the_network_is_that_of_the_library(run):
     )
     network.load_state_dict(load_file(run / "checkpoints" / "step-000000006" / "ema.safetensors"))
     labels = torch.tensor([1, 7, 4])
-    noise = Draws(3).normal("noise", range(3), (1, 8, 8))
+    noise = Draws(3).normal("initial noise", range(3), (1, 8, 8))
     x = solvers.build("heun", steps=2)(Flow(network, interpolants.build("linear")), noise, label=labels, seed=0)
     assert torch.allclose(x, by_hand(run, labels, 3), atol=1e-5)

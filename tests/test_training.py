@@ -21,7 +21,7 @@ from torch import nn
 from pathline import Draws
 from pathline.core.config import Ema, Optim, resolve
 from pathline.core.errors import CheckpointError
-from pathline.training import Interrupted, Trainer
+from pathline.training import Interrupted, Trainer, sampling
 from pathline.training.ema import Average
 from pathline.training.guard import guarded_step
 from pathline.training.log import mean_over_last_steps, read_rows
@@ -244,10 +244,12 @@ def test_a_failed_resume_changes_nothing(tmp_path):
 
 
 def test_what_does_not_move_a_weight_may_change(tmp_path):
-    trained(tmp_path, train={"stop_at": 5})
+    """All free entries but the device count, which has a test of its own; the weights are those of the first run."""
+    unbroken = trained(tmp_path, optim=SMOOTH)
     changed = configuration(
         tmp_path / "other",
-        train={"steps": 12, "micro_batch": 2, "threads": None},
+        optim=SMOOTH,
+        train={"micro_batch": 2, "threads": None, "stop_at": 9},
         log={"every": 1, "pictures_every": 6},
         checkpoint={"keep": 1},
         solver={"steps": 3},
@@ -256,7 +258,40 @@ def test_what_does_not_move_a_weight_may_change(tmp_path):
     resumed = Trainer(changed)
     resumed.resume(tmp_path / "checkpoints" / "step-000000005")
     resumed.run()
-    assert resumed.state.step == 12
+    again = Trainer(configuration(tmp_path / "other", optim=SMOOTH))
+    again.resume(tmp_path / "other" / "checkpoints" / "step-000000009")
+    again.run()
+    assert again.state.step == 10 and difference(tensors(unbroken), tensors(again)) < 1e-6
+
+
+def test_a_longer_run_goes_on_only_where_the_schedule_is_constant(tmp_path):
+    """Half a cosine over 12 steps is another learning rate from the first step than over 10."""
+    trained(tmp_path / "cosine", train={"stop_at": 5})
+    longer = Trainer(configuration(tmp_path / "cosine", train={"steps": 12}))
+    with pytest.raises(CheckpointError, match=r"train.steps: 10 -> 12"):
+        longer.resume(tmp_path / "cosine" / "checkpoints" / "step-000000005")
+    constant = {"schedule": "constant"}
+    unbroken = trained(tmp_path / "long", optim=constant, train={"steps": 12})
+    trained(tmp_path / "short", optim=constant)
+    resumed = Trainer(configuration(tmp_path / "short", optim=constant, train={"steps": 12}))
+    resumed.resume(tmp_path / "short" / "checkpoints" / "step-000000010")
+    resumed.run()
+    assert difference(tensors(unbroken), tensors(resumed)) == 0
+
+
+def test_going_back_to_an_older_checkpoint_leaves_the_later_ones_under_another_name(tmp_path):
+    """The steps are trained again and saved: what the folder calls step 10 then is this history's."""
+    trained(tmp_path)
+    path = tmp_path / "checkpoints" / "step-000000010" / "model.safetensors"
+    path.write_bytes(b"another history")
+    again = Trainer(configuration(tmp_path))
+    again.resume(tmp_path / "checkpoints" / "step-000000005")
+    aside = tmp_path / "checkpoints" / "superseded-step-000000010-1"
+    assert not path.exists() and (aside / "model.safetensors").read_bytes() == b"another history"
+    again.run()
+    third = Trainer(configuration(tmp_path))
+    third.resume(tmp_path / "checkpoints" / "step-000000010")  # verified, so whole
+    assert difference(tensors(again), tensors(third)) == 0 and aside.exists()
 
 
 def test_starting_from_weights(tmp_path):
@@ -270,6 +305,9 @@ def test_starting_from_weights(tmp_path):
                 assert torch.equal(network.state_dict()[key], value)
     with pytest.raises(CheckpointError, match="no valid checkpoint"):
         second.initialize_from(tmp_path / "nowhere")
+    (tmp_path / "other.safetensors").write_bytes(b"no such thing")
+    with pytest.raises(CheckpointError, match="other.safetensors, which is no safetensors file"):
+        second.initialize_from(tmp_path / "other.safetensors")
     narrow = Trainer(configuration(tmp_path / "narrow", backbone={"acceleration_width": 5}))
     with pytest.raises(CheckpointError, match=r"do not fit the network: refiners.*expected \(5"):
         narrow.initialize_from(tmp_path)
@@ -373,20 +411,26 @@ def test_bf16_trains_with_float32_weights_and_loss(tmp_path):
     trainer = trained(tmp_path, train={"precision": "bf16", "stop_at": 3}, log={"every": 1})
     assert {value.dtype for key, value in tensors(trainer).items()} == {torch.float32}
     reference = trained(tmp_path / "fp32", train={"stop_at": 3}, log={"every": 1})
-    change = difference(tensors(trainer), tensors(reference))
-    assert 0 < change < 0.05
+    start = tensors(Trainer(configuration(tmp_path / "start")))
+    change, moved = difference(tensors(trainer), tensors(reference)), difference(tensors(reference), start)
+    assert 0 < change < 0.5 * moved  # half precision changes the way, and does not lose it
     rows, others = read_rows(tmp_path), read_rows(tmp_path / "fp32")
     assert rows[0]["loss"] == pytest.approx(others[0]["loss"], rel=2e-2)
 
 
 def test_unconditional_networks_train_and_are_drawn(tmp_path):
-    trained(
-        tmp_path,
-        backbone={"num_classes": 0},
-        objective={"label_dropout": 0.0},
-        train={"stop_at": 2},
-    )
-    assert (tmp_path / "samples.png").exists()
+    sections = dict(backbone={"num_classes": 0}, objective={"label_dropout": 0.0})
+    trainer = trained(tmp_path, **sections, train={"stop_at": 2}, log={"every": 1})
+    assert not any("label" in name for name in tensors(trainer))
+    assert all(math.isfinite(row["loss"]) for row in read_rows(tmp_path))
+    assert Image.open(tmp_path / "samples.png").size == (4 * 91, 4 * 91)
+    parts = trainer.parts
+    drawn = sampling.solve(parts, trainer.state.average.network, None, count=100, seed=0, batch=100)
+    noise = Draws(0).normal("initial noise", range(100), (1, 8, 8))
+    x, network = noise, trainer.state.average.network
+    for t in (1.0, 0.5):  # two Euler steps by hand
+        x = x - 0.5 * network(x, torch.full((100,), t)).detach()
+    assert torch.allclose(drawn.x, x, atol=1e-5)
 
 
 def test_fp16_unscales_before_it_clips_and_skips_what_overflows():

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pathline.core.errors import CheckpointError
 
-__all__ = ["Snapshot", "check_tensors", "find", "latest", "read", "verify", "write"]
+__all__ = ["Snapshot", "check_tensors", "find", "latest", "read", "set_aside_after", "verify", "write"]
 
 FORMAT = 1
 MANIFEST, STATE = "manifest.json", "state.json"
@@ -65,8 +65,7 @@ def write(folder: Path, step: int, snapshot: Snapshot, keep: int) -> Path:
         _sync(temporary / MANIFEST)
         _sync(temporary)
         if final.exists():  # damaged: kept as evidence, out of the way
-            aside = len(list(folder.glob(f"damaged-{final.name}-*")))
-            final.rename(folder / f"damaged-{final.name}-{aside + 1}")
+            _rename_aside(final, "damaged")
         temporary.rename(final)
         _sync(folder)
     finally:
@@ -118,6 +117,13 @@ def latest(folder: Path, warn: Callable[[str], None]) -> Path | None:
     return None
 
 
+def set_aside_after(folder: Path, step: int) -> None:
+    """Rename the checkpoints of later steps, of a history that a resume from ``step`` leaves."""
+    for path in _steps(folder):
+        if int(path.name[5:]) > step:
+            _rename_aside(path, "superseded")
+
+
 def check_tensors(ours: Tensors, theirs: Tensors, what: str) -> None:
     """Raise CheckpointError unless names, shapes and types agree; nothing is written."""
     missing, unexpected = sorted(ours.keys() - theirs.keys()), sorted(theirs.keys() - ours.keys())
@@ -130,6 +136,11 @@ def check_tensors(ours: Tensors, theirs: Tensors, what: str) -> None:
     listed = [f"{word} {', '.join(keys[:4])}" for word, keys in lists if keys]
     if missing or unexpected or changed:
         raise CheckpointError(f"got {what} that do not fit the network: {'; '.join(listed + changed[:4])}")
+
+
+def _rename_aside(path: Path, why: str) -> None:
+    number = len(list(path.parent.glob(f"{why}-{path.name}-*"))) + 1
+    path.rename(path.parent / f"{why}-{path.name}-{number}")
 
 
 def _steps(folder: Path) -> list[Path]:

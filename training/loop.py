@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from pathline.core.config import Configuration, Train
@@ -51,12 +52,17 @@ def make_fabric(train: Train) -> Fabric:
     check_machine(train)
     if train.threads is not None:
         torch.set_num_threads(train.threads)
-    return Fabric(
-        accelerator=train.accelerator,
-        devices=train.devices,
-        num_nodes=train.num_nodes,
-        precision=PRECISIONS[train.precision],
-    )
+    try:
+        return Fabric(
+            accelerator=train.accelerator,
+            devices=train.devices,
+            num_nodes=train.num_nodes,
+            precision=PRECISIONS[train.precision],
+        )
+    except (RuntimeError, ValueError, MisconfigurationException) as error:
+        raise ConfigurationError(
+            f"train.accelerator: got {train.accelerator}, of which Fabric says: {error}"
+        ) from error
 
 
 class Trainer:
@@ -83,12 +89,15 @@ class Trainer:
         self.state = State(self.parts, fabric)
 
     def resume(self, checkpoint: Path) -> None:
-        """Go on from a checkpoint.
+        """Go on from a checkpoint; later ones in the run's folder are renamed ``superseded-…``.
 
         Raises:
             CheckpointError: it is damaged, or of another configuration; nothing has been changed then.
         """
         self.state.restore(checkpoint)
+        self.fabric.barrier()  # every process has read it
+        if self.fabric.is_global_zero:
+            checkpoints.set_aside_after(self.folder / "checkpoints", self.state.step)
 
     def initialize_from(self, path: Path) -> None:
         """Start from weights: a safetensors file, a run's folder or a checkpoint.

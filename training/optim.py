@@ -40,7 +40,7 @@ def learning_rate(settings: Optim, step: int, steps: int) -> float:
     """Return the learning rate of a step, counted from 0: linear warm-up, then constant or half a cosine.
 
     It is a function of the step alone, so that there is nothing to save. The cosine goes from ``lr`` to
-    ``final_lr_fraction``·``lr`` at the last of ``steps``.
+    ``final_lr_fraction``·``lr``, which it would reach one step after the last.
     """
     if step < settings.warmup_steps:
         return settings.lr * (step + 1) / settings.warmup_steps

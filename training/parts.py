@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pathline import backbones, data, interpolants, objectives, solvers
 from pathline.core.config import Configuration
 from pathline.core.draws import Draws
-from pathline.core.errors import ConfigurationError, PathlineError
+from pathline.core.errors import ConfigurationError, InputError, PathlineError
 from pathline.core.flow import BaseFlow, Flow
 from pathline.data import Dataset
 from pathline.interpolants import Interpolant
@@ -127,10 +127,25 @@ def _cross_check(parts: Parts, problems: _Problems) -> None:
 
 
 def _check_objective(parts: Parts) -> None:
-    """Evaluate the loss of one sample: only that tells whether objective and backbone speak to one another."""
-    batch = parts.dataset.batch([0])
-    with torch.no_grad():
-        parts.objective(parts.backbone, batch["data"], Draws(0).at(range(1)), **parts.conditions(batch["label"]))
+    """Evaluate the loss of one sample: only that tells whether objective and backbone speak to one another.
+
+    With several devices also its gradient: data parallelism waits for every parameter's.
+    """
+    train, batch = parts.configuration.train, parts.dataset.batch([0])
+    several = train.devices * train.num_nodes > 1
+    with torch.set_grad_enabled(several):
+        draws, given = Draws(0).at(range(1)), parts.conditions(batch["label"])
+        total = parts.objective(parts.backbone, batch["data"], draws, **given).total
+    if not several:
+        return
+    total.backward()  # type: ignore[no-untyped-call]  # torch has no types here
+    unused = [name for name, p in parts.backbone.named_parameters() if p.requires_grad and p.grad is None]
+    parts.backbone.zero_grad()
+    if unused:
+        raise InputError(
+            f"gives no gradient to {', '.join(unused[:3])} and so on ({len(unused)} parameters), for which several "
+            "devices would wait; use an objective and a backbone that belong together, or one device"
+        )
 
 
 def _check_solver(parts: Parts) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from pathline.training import checkpoints
 from pathline.training.parts import Parts, build
 from pathline.training.pictures import ROUNDING, save_grid, to_uint8
 
-__all__ = ["Drawn", "draw", "load", "save", "save_picture", "solve"]
+__all__ = ["Drawn", "default_name", "draw", "load", "save", "save_picture", "solve"]
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,8 @@ def draw(configuration: Configuration, parts: Parts, device: torch.device) -> Dr
     """Draw the samples that the section ``sample`` asks for; sample i is a function of (seed, i)."""
     wanted, network = configuration.sample, parts.backbone.to(device)
     labels = _labels(configuration, getattr(network, "num_classes", 0))
-    return solve(parts, network, labels, wanted.count, wanted.seed, wanted.batch, progress=True)
+    drawn = solve(parts, network, labels, wanted.count, wanted.seed, wanted.batch, progress=True)
+    return replace(drawn, labels=None) if wanted.labels == "none" else drawn
 
 
 def solve(
@@ -102,7 +103,7 @@ def solve(
     pieces, nfe, began = [], 0, time.perf_counter()
     for first in tqdm(range(0, count, batch), desc="sampling", unit="batch", disable=not progress):
         ids = range(first, min(first + batch, count))
-        noise = Draws(seed).normal("noise", ids, parts.dataset.shape).to(device)
+        noise = Draws(seed).normal("initial noise", ids, parts.dataset.shape).to(device)
         given = parts.conditions(None if labels is None else labels[first : ids.stop].to(device))
         solution = parts.solver.solve(flow, noise, seed=seed, sample_ids=ids, **given)
         pieces.append(solution.x.cpu())
@@ -117,6 +118,14 @@ def save_picture(parts: Parts, network: nn.Module, path: Path) -> None:
     count = 10 * classes or 100
     drawn = solve(parts, network, labels, count, parts.configuration.sample.seed, batch=count)
     save_grid(path, drawn.x, drawn.labels)
+
+
+def default_name(configuration: Configuration) -> str:
+    """Return a file name that tells solver, steps, guidance and seed, so that one drawing does not replace another."""
+    solver = configuration.solver
+    words = ["samples", solver["name"], solver.get("steps")]
+    words += [f"{item['name']}-{item['scale']:g}" for item in configuration.guidance if item.get("scale", 1) != 1]
+    return "-".join(str(word) for word in (*words, f"seed-{configuration.sample.seed}") if word is not None) + ".npz"
 
 
 def save(drawn: Drawn, configuration: Configuration, checkpoint: Path, output: Path, version: str) -> list[Path]:
@@ -152,9 +161,17 @@ def _record(drawn: Drawn, configuration: Configuration, checkpoint: Path, versio
 
 
 def _labels(configuration: Configuration, classes: int) -> Tensor | None:
+    """Return the labels asked for: by a law, the null label, one for all, or a list, repeated as needed."""
     wanted = configuration.sample
     if not classes:
         return None
     if wanted.labels == "balanced":
         return torch.arange(wanted.count) % classes
-    return (Draws(wanted.seed).uniform("labels", range(wanted.count)) * classes).long()
+    if wanted.labels == "random":
+        return (Draws(wanted.seed).uniform("labels", range(wanted.count)) * classes).long()
+    if wanted.labels == "none":
+        return torch.full((wanted.count,), classes)
+    named = torch.tensor([wanted.labels] if isinstance(wanted.labels, int) else wanted.labels)
+    if not len(named) or int(named.max()) >= classes:
+        raise ConfigurationError(f"sample.labels: got {wanted.labels}, expected classes from 0 to {classes - 1}")
+    return named[torch.arange(wanted.count) % len(named)]

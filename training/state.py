@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.wrappers import _FabricModule
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -26,7 +27,7 @@ __all__ = ["State", "check_same_run", "load_weights"]
 
 # what may change between a checkpoint and the run that goes on from it: nothing that moves a weight but by rounding
 FREE = (
-    "train.steps train.stop_at train.folder train.threads train.accelerator train.devices train.num_nodes "
+    "train.stop_at train.folder train.threads train.accelerator train.devices train.num_nodes "
     "train.micro_batch train.initialize_from log. checkpoint. solver. guidance sample."
 ).split()
 
@@ -104,7 +105,9 @@ class State:
 def check_same_run(saved: Mapping[str, Any], parts: Parts, path: Path) -> None:
     """Raise CheckpointError if the checkpoint's configuration or data differ in what the weights depend on."""
     before: Configuration = resolve(saved["configuration"])
-    changed = [line for line in differences(before, parts.configuration) if not line.startswith(tuple(FREE))]
+    constant = parts.configuration.optim.schedule == "constant"  # only then is a longer run the same so far
+    free = (*FREE, "train.steps") if constant else tuple(FREE)
+    changed = [line for line in differences(before, parts.configuration) if not line.startswith(free)]
     manifest = parts.dataset.manifest
     changed += [
         f"the data's {key}: {saved['data'].get(key)!r} -> {manifest.get(key)!r}"
@@ -125,7 +128,10 @@ def load_weights(state: State, path: Path) -> None:
         CheckpointError: nothing there, damaged, or of another network.
     """
     if path.suffix == ".safetensors" and path.is_file():
-        weights: Mapping[str, Tensor] = load_file(path)
+        try:
+            weights: Mapping[str, Tensor] = load_file(path)
+        except SafetensorError as error:
+            raise CheckpointError(f"got {path}, which is no safetensors file: {error}") from error
     else:
         weights = checkpoints.read(checkpoints.find(path)).tensors["ema"]
     check_tensors(state.network.state_dict(), weights, f"weights in {path}")
