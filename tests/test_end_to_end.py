@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -67,25 +70,56 @@ def test_samples_are_drawn_and_measured(run, capsys):
     assert out.with_suffix(".metrics.json").exists()
 
 
+def spent(script, *words):
+    """Run a script on its own; return its CPU seconds and its peak memory in MiB."""
+    command = [sys.executable, str(ROOT / script), *words]
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    _, status, usage = os.wait4(process.pid, 0)
+    assert status == 0
+    return usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024
+
+
+PLAIN = ("solver.name=heun", "solver.steps=25", "guidance.0.scale=1", "sample.count=1000")
+GUIDED = ("solver.name=euler", "solver.steps=20", "guidance.0.scale=1.5", "sample.count=1000")
+
+
+def figures(path):
+    records = json.loads(path.with_suffix(".metrics.json").read_text())["metrics"]
+    return {f"{r['metric']}, {key}": value for r in records for key, value in r["values"].items()}
+
+
+def shares(found):
+    return found["label agreement, classifier"], found["label agreement, neighbour"]
+
+
 @pytest.mark.slow
 def test_the_bars_of_the_recipe(tmp_path):
-    """3,000 steps: the figures that README gives, with their margins (about two CPU minutes)."""
-    folder = tmp_path / "run"
-    assert train([RECIPE, f"train.folder={folder}"]) == 0
+    """3,000 steps: quality, CPU seconds and memory (about two and a half CPU minutes)."""
+    folder, plain, guided = tmp_path / "run", tmp_path / "plain.npz", tmp_path / "guided.npz"
+    training, peak = spent("train.py", RECIPE, f"train.folder={folder}")
     assert rows(folder)[-1]["velocity"] <= 0.43
-    figures = {}
-    for name, entries in (
-        ("plain", ["solver.name=heun", "solver.steps=25", "guidance.0.scale=1"]),
-        ("guided", ["solver.name=euler", "solver.steps=20", "guidance.0.scale=1.5"]),
-    ):
-        out = folder / f"{name}.npz"
-        assert sample([str(folder), *entries, "sample.count=1000", f"sample.output={out}"]) == 0
-        assert evaluate([str(out)]) == 0
-        records = json.loads(out.with_suffix(".metrics.json").read_text())["metrics"]
-        figures[name] = {f"{r['metric']}, {key}": value for r in records for key, value in r["values"].items()}
-    plain, guided = figures["plain"], figures["guided"]
-    assert plain["frechet, pixels, distance"] <= 0.90
-    assert min(plain["label agreement, classifier"], plain["label agreement, neighbour"]) >= 0.90
-    assert min(guided["label agreement, classifier"], guided["label agreement, neighbour"]) >= 0.97
-    for found in (plain, guided):
-        assert found["memorisation, pixels, smallest distance"] >= 0.5
+    costs = [
+        spent("sample.py", str(folder), *PLAIN, f"sample.output={plain}"),
+        spent("sample.py", str(folder), *GUIDED, f"sample.output={guided}"),
+        spent("evaluate.py", str(plain), str(guided)),
+    ]
+    assert training <= 160
+    assert sum(cpu for cpu, _ in costs) <= 75
+    assert max(peak, *(memory for _, memory in costs)) < 1000
+    assert figures(plain)["frechet, pixels, distance"] <= 0.90
+    assert min(shares(figures(plain))) >= 0.90
+    assert min(shares(figures(guided))) >= 0.97
+    for path in (plain, guided):
+        assert figures(path)["memorisation, pixels, smallest distance"] >= 0.5
+
+
+@pytest.mark.slow
+def test_twice_the_steps_are_better(tmp_path):
+    """6,000 steps (about four CPU minutes)."""
+    folder, plain = tmp_path / "run", tmp_path / "plain.npz"
+    spent("train.py", RECIPE, f"train.folder={folder}", "train.steps=6000")
+    spent("sample.py", str(folder), *PLAIN, f"sample.output={plain}")
+    spent("evaluate.py", str(plain))
+    assert figures(plain)["frechet, pixels, distance"] <= 0.75
+    assert min(shares(figures(plain))) >= 0.93
+    assert figures(plain)["memorisation, pixels, smallest distance"] >= 0.5

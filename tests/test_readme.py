@@ -82,6 +82,19 @@ def test_commands_name_entries_that_exist(line, tmp_path, monkeypatch, capsys):
     assert "494,988 parameters" in capsys.readouterr().out
 
 
+def test_a_run_that_stopped_goes_on_by_the_command_that_readme_gives(tmp_path, monkeypatch):
+    """README's pair of commands as they stand, but for the folder and a stop after 2 and after 4 steps."""
+    from pathline.train import main
+
+    commands = [line for line in "\n".join(blocks("bash")).splitlines() if "runs/slower" in line]
+    assert len(commands) == 2
+    monkeypatch.chdir(ROOT)
+    for command, stop in zip(commands, (2, 4), strict=True):
+        words = shlex.split(command.replace("runs/slower", str(tmp_path / "run")), comments=True)
+        assert main([*words[2:], f"train.stop_at={stop}"]) == 0
+        assert (tmp_path / "run" / "checkpoints" / f"step-{stop:09d}").is_dir()
+
+
 def test_listing_names_every_component_with_its_defaults(capsys):
     assert listing.main(["list"]) == 0
     printed = capsys.readouterr().out
