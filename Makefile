@@ -18,8 +18,8 @@ train: .venv ## train a small DeepFlow on handwritten digits, draw samples, meas
 test: .venv ## all tests not marked slow
 	$(BIN)/pytest
 
-test-slow: .venv ## the tests marked slow
-	$(BIN)/pytest -m slow
+test-slow: .venv ## the tests marked slow, and property tests on 1,000 examples each
+	HYPOTHESIS_EXAMPLES=1000 $(BIN)/pytest -m "slow or property"
 
 lint: .venv ## style and types
 	$(BIN)/ruff check .

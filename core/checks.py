@@ -5,14 +5,15 @@ N samples; () is one value for all.
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pathline.core.errors import InputError, InputTypeError
+from pathline.core.errors import InputError, InputTypeError, MissingPackageError
 
-__all__ = ["as_times", "check_finite", "check_labels", "check_time_shape", "check_times"]
+__all__ = ["as_times", "check_finite", "check_labels", "check_time_shape", "check_times", "require"]
 
 
 def as_times(t: Tensor | float) -> Tensor:
@@ -93,3 +94,17 @@ def check_finite(value: Tensor, name: str) -> None:
     """Raise InputError if ``value`` holds a NaN or an infinity. Waits for the device: borders only."""
     if not bool(torch.isfinite(value).all()):
         raise InputError(f"got NaN or infinite values in {name}, expected finite ones; check where it comes from")
+
+
+def require(module: str, extra: str) -> Any:
+    """Import and return an optional module, as ``require("scipy.optimize", "transport")``.
+
+    Raises:
+        MissingPackageError: it is not installed; says which extra of pathline brings it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingPackageError(
+            f"got no package {module.split('.')[0]!r} ({error}); pip install 'pathline[{extra}]'"
+        ) from error

@@ -8,9 +8,11 @@ from collections.abc import Iterable
 __all__ = [
     "CheckpointError",
     "ConfigurationError",
+    "ConvergenceError",
     "DataError",
     "InputError",
     "InputTypeError",
+    "MissingPackageError",
     "OpenEndError",
     "PathlineError",
     "PluginError",
@@ -56,6 +58,14 @@ class ConfigurationError(PathlineError, ValueError):
 
 class DataError(PathlineError, ValueError):
     """Data that cannot be read or does not fit the model."""
+
+
+class MissingPackageError(PathlineError, ImportError):
+    """An optional package that a component needs and that is not installed."""
+
+
+class ConvergenceError(PathlineError, RuntimeError):
+    """An iteration that did not converge within its budget."""
 
 
 class CheckpointError(PathlineError, ValueError):

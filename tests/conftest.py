@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import hypothesis
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -15,6 +17,21 @@ from pathline.interpolants import Interpolant
 
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)
+hypothesis.settings.register_profile(
+    "pathline",
+    max_examples=int(os.environ.get("HYPOTHESIS_EXAMPLES", "25")),
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("pathline")
+
+
+def pytest_collection_modifyitems(items) -> None:
+    for item in items:
+        if hypothesis.is_hypothesis_test(getattr(item, "obj", None)):
+            item.add_marker("property")
 
 
 @pytest.fixture(autouse=True)
