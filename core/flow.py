@@ -6,7 +6,7 @@ N samples; S the shape of one sample.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from pathline.core.checks import check_finite, check_labels, check_times
 from pathline.core.errors import InputError, InputTypeError
-from pathline.interpolants.base import Coefficients, Interpolant, Kind, broadcast, check_kinds, derive
+from pathline.interpolants.base import Coefficients, Interpolant, Kind, broadcast, check_kinds
 
-__all__ = ["BaseFlow", "Flow", "Prediction"]
+__all__ = ["BaseFlow", "Flow", "Prediction", "check_path"]
 
 Conditions = Mapping[str, Any]
+Mix = Callable[[Tensor], Tensor]
 
 
 class Prediction:
@@ -39,7 +40,11 @@ class Prediction:
     def _as(self, target: Kind) -> Tensor:
         if target == self.kind:
             return self.value
-        return derive(self.value, self.x, self.coefficients, self.kind, target)
+        return self.interpolant.derive(self.value, self.x, self.coefficients, self.kind, target)
+
+    def mixed(self, mix: Mix, x: Tensor, t: Tensor) -> Prediction:
+        """Return the prediction at (x, t) whose raw values are ``mix`` of these; for guidance, which is affine."""
+        return Prediction(mix(self.value), x, t, self.interpolant, self.kind)
 
     @cached_property
     def velocity(self) -> Tensor:
@@ -86,6 +91,14 @@ class BaseFlow(ABC):
     def given(self, **conditions: Any) -> BaseFlow:
         """Return this flow with conditions bound, as ``flow.given(label=labels)``."""
 
+    def open_ends(self, target: str) -> tuple[float, ...]:
+        """List the ends of [0, 1] at which ``target`` cannot be had from what this flow predicts.
+
+        Raises:
+            InputError: it can be had nowhere.
+        """
+        return self.interpolant.open_ends(self.predicts, target)
+
     def __call__(self, x: Tensor, t: Tensor | float, **conditions: Any) -> Prediction:
         """Evaluate the network once.
 
@@ -114,11 +127,8 @@ class Flow(BaseFlow):
     def __init__(self, backbone: nn.Module, interpolant: Interpolant, predicts: Kind = "velocity") -> None:
         if not callable(backbone):
             raise InputTypeError(f"got a {type(backbone).__name__} for a backbone, expected a module")
-        if not isinstance(interpolant, Interpolant):
-            raise InputTypeError(
-                f"got {interpolant!r} for an interpolant, expected an Interpolant; use interpolants.build(name)"
-            )
         check_kinds(predicts)
+        check_path(interpolant).check_conversion(predicts, predicts)
         self.backbone, self.interpolant, self.predicts = backbone, interpolant, predicts
         self._bound: dict[str, Any] = {}
         self._calls = [0]
@@ -169,3 +179,12 @@ class Flow(BaseFlow):
         parameters = getattr(self.backbone, "parameters", None)
         floats = (p.dtype for p in parameters() if p.is_floating_point()) if parameters else iter(())
         return next(floats, None)
+
+
+def check_path(interpolant: Any) -> Interpolant:
+    """Return ``interpolant``; raise InputTypeError if it is none."""
+    if not isinstance(interpolant, Interpolant):
+        raise InputTypeError(
+            f"got {interpolant!r} for an interpolant, expected an Interpolant; use interpolants.build(name)"
+        )
+    return interpolant

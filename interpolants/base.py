@@ -2,14 +2,19 @@
 
 x_t = α(t)·data + σ(t)·noise, with t = 0 data and t = 1 noise (arXiv:2303.08797). W = σ'α − α'σ.
 
+**Singularities.** A path says at which ends a quantity does not exist (``open_ends``, ``training_interval``), a solver
+which times it evaluates; the two are compared before a solve.
+
 N samples; S the shape of one sample; t has shape (N,) or ().
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from functools import lru_cache
-from typing import ClassVar, Literal, NamedTuple, get_args
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -18,13 +23,24 @@ from pathline.core.checks import check_times
 from pathline.core.errors import InputError, OpenEndError, UnknownNameError, suggest
 from pathline.core.registry import Registry
 
-__all__ = ["KINDS", "Coefficients", "Interpolant", "Kind", "broadcast", "check_kinds", "derive", "registry"]
+__all__ = [
+    "KINDS",
+    "Coefficients",
+    "Interpolant",
+    "InterpolantSpec",
+    "Kind",
+    "broadcast",
+    "check_kinds",
+    "derive",
+    "registry",
+]
 
 Kind = Literal["velocity", "score", "noise", "data"]
 KINDS: tuple[str, ...] = get_args(Kind)
 
 _ENDS = (0.0, 1.0)
 _ZERO = 1e-12  # cos(π/2) is 6e-17 in float64
+_RATE_MARGIN, _SCORE_MARGIN = 1e-5, 1e-3  # as SiT trains: velocities on its vp path, scores on all
 
 
 class Coefficients(NamedTuple):
@@ -49,8 +65,14 @@ def broadcast(t: Tensor, x: Tensor) -> Tensor:
 class Interpolant(ABC):
     """A path between data (t = 0) and noise (t = 1). A subclass gives its coefficients, all else follows."""
 
-    straight: ClassVar[bool] = False
+    straight: bool = False
     """Whether samples move at constant velocity, so that a Taylor step of any length is exact."""
+
+    latent_noise: ClassVar[bool] = False
+    """Whether the path adds γ(t)·z with a latent noise z of its own; see ``interpolants.bridge``."""
+
+    coupling: str | Mapping[str, Any] = "independent"
+    """How data and noise are paired in training unless said otherwise: a coupling by name or mapping."""
 
     @abstractmethod
     def evaluate(self, t: Tensor) -> Coefficients:
@@ -67,34 +89,42 @@ class Interpolant(ABC):
             OpenEndError: t at an end where a rate is infinite.
         """
         t = check_times(t)
-        self._refuse_open_ends(t, self._open_rates(), "coefficients")
+        self._refuse_open_ends(t, self.rate_ends(), "coefficients")
         return self.evaluate(t)
 
-    def interpolate(self, data: Tensor, noise: Tensor, t: Tensor | float) -> Tensor:
+    def interpolate(self, data: Tensor, noise: Tensor, t: Tensor | float, latent: Tensor | None = None) -> Tensor:
         """Return x_t = α·data + σ·noise, shape (N, *S).
 
+        Args:
+            latent: z of a path with latent noise, (N, *S); None on all others.
+
         Raises:
-            InputError: data and noise differ in shape, or t is outside [0, 1] or of a wrong shape.
+            InputError: tensors that differ in shape, a latent too many or too few, or t outside [0, 1].
         """
+        self._check_latent(data, latent)
         alpha, sigma, _, _ = self._expanded(data, noise, t)
         return alpha * data + sigma * noise
 
-    def velocity(self, data: Tensor, noise: Tensor, t: Tensor | float) -> Tensor:
+    def velocity(self, data: Tensor, noise: Tensor, t: Tensor | float, latent: Tensor | None = None) -> Tensor:
         """Return dx_t/dt = α'·data + σ'·noise, shape (N, *S); raises as ``interpolate`` and ``coefficients``."""
-        self._refuse_open_ends(check_times(t), self._open_rates(), "velocity")
+        self._check_latent(data, latent)
+        self._refuse_open_ends(check_times(t), self.rate_ends(), "velocity")
         _, _, alpha_rate, sigma_rate = self._expanded(data, noise, t)
         return alpha_rate * data + sigma_rate * noise
 
-    def target(self, kind: Kind, data: Tensor, noise: Tensor, t: Tensor | float) -> Tensor:
+    def target(self, kind: str, data: Tensor, noise: Tensor, t: Tensor | float, latent: Tensor | None = None) -> Tensor:
         """Return what a network that predicts ``kind`` is trained to: the velocity, −noise/σ, the noise or the data.
 
         Raises:
             UnknownNameError: an unknown kind.
+            InputError: a kind that the path does not have, as the score of a path between two data sets.
             OpenEndError: the kind does not exist at one of the times.
         """
         check_kinds(kind)
         if kind == "velocity":
-            return self.velocity(data, noise, t)
+            return self.velocity(data, noise, t, latent)
+        self._check_latent(data, latent)
+        self.check_conversion("noise", kind)
         coefficients = self._expanded(data, noise, t)
         if kind == "data":
             return data
@@ -120,19 +150,93 @@ class Interpolant(ABC):
         """
         check_kinds(source, target)
         self._refuse_open_ends(check_times(t), self.open_ends(source, target), f"{target} from {source}")
-        return derive(value, x, self._expanded(value, x, t), source, target)
+        return self.derive(value, x, self._expanded(value, x, t), source, target)
 
-    def open_ends(self, source: Kind, target: Kind) -> tuple[float, ...]:
+    def derive(self, value: Tensor, x: Tensor, coefficients: Coefficients, source: str, target: str) -> Tensor:
+        """Convert as ``convert`` does, but for the values of t; ``coefficients`` are shaped to multiply x."""
+        self.check_conversion(source, target)
+        return derive(value, x, coefficients, source, target)
+
+    def check_conversion(self, source: str, target: str) -> None:
+        """Raise InputError if the path can nowhere turn one prediction into the other."""
+        check_kinds(source, target)
+
+    def open_ends(self, source: str, target: str) -> tuple[float, ...]:
         """List the ends (0.0, 1.0) at which ``target`` cannot be had from ``source``.
 
         An end is open where the conversion divides by zero or by infinity. Every path's score is open at 0, where
         σ = 0; a prediction of the data alone says nothing of the noise at σ = 0, nor one of the noise of the data
-        at α = 0.
+        at α = 0. The target ``diffusion`` is the path's own, ``own_diffusion``, whatever the source.
         """
+        if target == "diffusion":
+            return _open_diffusion(self)
+        self.check_conversion(source, target)
         return _open_ends(self, source, target)
 
-    def _open_rates(self) -> tuple[float, ...]:
+    def training_interval(self, kind: str) -> tuple[float, float]:
+        """Return the times (low, high) in which a network that predicts ``kind`` is trained by default.
+
+        All of [0, 1], but for 1e-5 at an end where the velocity is infinite and 1e-3 at one where the score is, the
+        margins of SiT's program (arXiv:2401.08740).
+        """
+        ends, margin = (self.rate_ends(), _RATE_MARGIN)
+        if kind != "velocity":
+            ends, margin = (self.open_ends("noise", kind) if kind == "score" else ()), _SCORE_MARGIN
+        return (margin if 0.0 in ends else 0.0), (1 - margin if 1.0 in ends else 1.0)
+
+    def own_diffusion(self, t: Tensor | float) -> Tensor:
+        """Return g² = 2σW/α of the path's own forward SDE, dx = (α'/α)·x dt + g dW, in t's shape and precision.
+
+        Its marginals are the path's (arXiv:2011.13456); half of it is SiT's form "SBDM".
+
+        Raises:
+            OpenEndError: t at an end where it is infinite, as the noise end of the linear path.
+        """
+        t = check_times(t)
+        self._refuse_open_ends(t, _open_diffusion(self), "diffusion of its own")
+        at = self.evaluate(t)
+        return 2 * at.sigma * at.wronskian / at.alpha
+
+    def angle(self, t: Tensor | float) -> Tensor:
+        """Return atan2(σ, α), which grows with t from 0 (data) to π/2 (noise); its tangent is EDM's σ."""
+        at = self.evaluate(check_times(t))
+        return torch.atan2(at.sigma, at.alpha)
+
+    def time_at(self, angle: Tensor) -> Tensor:
+        """Return the time at which atan2(σ, α) = ``angle``, in its shape and precision; angles beyond the path's ends
+        give the ends.
+
+        Raises:
+            InputError: an angle outside [0, π/2].
+        """
+        if bool(((angle < 0) | (angle > math.pi / 2 + 1e-3)).any()) or bool(angle.isnan().any()):
+            raise InputError(f"got angles from {float(angle.min()):g} to {float(angle.max()):g}, expected [0, π/2]")
+        exact = angle.double()
+        first, last = (float(self.angle(torch.tensor(t, dtype=torch.float64))) for t in _ENDS)
+        t = self._time_at(exact.clamp(first, last)).clamp(0, 1)
+        t = torch.where(exact <= first, 0.0, torch.where(exact >= last - 1e-15, 1.0, t))
+        return t.to(angle.dtype)
+
+    def _time_at(self, angle: Tensor) -> Tensor:
+        """Bisect for the time of each angle, float64; paths that know it in closed form say so."""
+        low, high = torch.zeros_like(angle), torch.ones_like(angle)
+        for _ in range(60):
+            middle = (low + high) / 2
+            below = self.angle(middle) < angle
+            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+        return (low + high) / 2
+
+    def rate_ends(self) -> tuple[float, ...]:
+        """List the ends (0.0, 1.0) at which a rate is infinite, and with it the velocity of a sample."""
         return tuple(t for t in _ENDS if not all(rate.isfinite() for rate in _at(self, t)))
+
+    def _check_latent(self, data: Tensor, latent: Tensor | None) -> None:
+        if self.latent_noise != (latent is not None):
+            advice = "draw one, (N, *S)" if self.latent_noise else "leave it out"
+            came = "no latent noise" if latent is None else "latent noise"
+            raise InputError(f"got {came} for the {type(self).__name__} path; {advice}")
+        if latent is not None and latent.shape != data.shape:
+            raise InputError(f"got latent noise of shape {tuple(latent.shape)}, expected {tuple(data.shape)}")
 
     def _expanded(self, first: Tensor, second: Tensor, t: Tensor | float) -> Coefficients:
         """Coefficients shaped to multiply ``first`` and ``second``, of one shape (N, *S)."""
@@ -152,6 +256,8 @@ class Interpolant(ABC):
 
 
 registry: Registry[Interpolant] = Registry("interpolant", "interpolants", Interpolant)
+
+InterpolantSpec = Annotated[Interpolant | str | Mapping[str, Any], registry]
 
 
 def derive(value: Tensor, x: Tensor, coefficients: Coefficients, source: str, target: str) -> Tensor:
@@ -192,6 +298,18 @@ def _at(path: Interpolant, t: float) -> Coefficients:
 @lru_cache(maxsize=256)
 def _open_ends(path: Interpolant, source: str, target: str) -> tuple[float, ...]:
     return tuple(t for t in _ENDS if any(_vanishes(d) for d in _divisors(_at(path, t), source, target)))
+
+
+@lru_cache(maxsize=256)
+def _open_diffusion(path: Interpolant) -> tuple[float, ...]:
+    """A path's own diffusion is infinite where α = 0 at a finite rate, or where W is."""
+    found = []
+    for t in _ENDS:
+        at = _at(path, t)
+        squared = 2 * at.sigma * at.wronskian / at.alpha
+        if not bool(squared.isfinite()) or abs(float(squared)) > 1 / _ZERO:
+            found.append(t)
+    return tuple(found)
 
 
 def _vanishes(divisor: Tensor) -> bool:

@@ -20,3 +20,6 @@ class Linear(Interpolant):
         """Return 1 − t, t, −1 and 1."""
         one = torch.ones_like(t)
         return Coefficients(1 - t, t, -one, one)
+
+    def _time_at(self, angle: Tensor) -> Tensor:
+        return torch.sin(angle) / (torch.sin(angle) + torch.cos(angle))

@@ -217,7 +217,7 @@ class FixedStep(Solver):
         super().check(flow, x, increments)
         evaluated = set(self.times if self.evaluates_end else self.times[:-1])
         for quantity in self.needs:
-            missing = evaluated & set(flow.interpolant.open_ends(flow.predicts, quantity))
+            missing = evaluated & set(flow.open_ends(quantity))
             if missing:
                 raise OpenEndError(
                     f"got a grid that evaluates t = {min(missing):g}, where the {type(flow.interpolant).__name__} path "

@@ -93,6 +93,9 @@ class _ClassifierFreeFlow(BaseFlow):
         if num_classes:
             check_labels(torch.tensor([self.null]), 1, num_classes, null=True)
 
+    def open_ends(self, target: str) -> tuple[float, ...]:
+        return self.flow.open_ends(target)
+
     def evaluate(self, x: Tensor, t: Tensor, conditions: Mapping[str, Any]) -> Prediction:
         conditions = {**self._bound, **conditions}
         low, high = self.guidance.interval
@@ -102,9 +105,14 @@ class _ClassifierFreeFlow(BaseFlow):
         doubled = {name: _twice(value, len(x)) for name, value in conditions.items()}
         doubled["label"][len(x) :] = self.null
         times = t if t.ndim == 0 else torch.cat((t, t))
-        given, null = self.flow.evaluate(torch.cat((x, x)), times, doubled).velocity.chunk(2)
-        scale = torch.where(inside, self.guidance.scale, 1.0).to(x.dtype)
-        return Prediction(null + broadcast(scale, x) * (given - null), x, t, self.interpolant)
+        both = self.flow.evaluate(torch.cat((x, x)), times, doubled)
+        scale = broadcast(torch.where(inside, self.guidance.scale, 1.0).to(x.dtype), x)
+
+        def guide(value: Tensor) -> Tensor:
+            given, null = value.chunk(2)
+            return null + scale * (given - null)
+
+        return both.mixed(guide, x, t)
 
 
 def _twice(value: Any, count: int) -> Any:
