@@ -1,4 +1,4 @@
-"""The library ``flow_matching`` (arXiv:2412.06264): its schedulers as paths, our flows in its solver, its models in ours.
+"""The library ``flow_matching`` (arXiv:2412.06264): its schedulers as paths, our flows in its solver, its models here.
 
 Its clock runs from noise (0) to data (1): its time is 1 − t, its rates and velocities are the negatives of ours.
 Importing this module registers the path ``flow-matching``; the library itself is imported when one is built.
