@@ -1,5 +1,6 @@
 """Paths between data and noise, by name."""
 
+from pathline.interpolants import clocks
 from pathline.interpolants.base import Coefficients, Interpolant, InterpolantSpec, registry
 from pathline.interpolants.bridge import Bridge, Stochastic, TwoEnded
 from pathline.interpolants.linear import Linear
@@ -22,6 +23,7 @@ __all__ = [
     "TwoEnded",
     "VariancePreserving",
     "build",
+    "clocks",
     "names",
     "register",
     "registry",
