@@ -182,12 +182,12 @@ def test_its_euler_is_ours_step_by_step(gaussian, steps):
     flow = gaussian("trigonometric").flow()
     seen = []
     watched = Flow(backbones.wrap(lambda x, t: seen.append(t) or flow.backbone(x, t)), flow.interpolant)
-    noise = torch.randn(5, 3)
-    theirs = ODESolver(as_velocity_model(watched)).sample(
-        x_init=noise, step_size=None, time_grid=torch.linspace(0, 1, steps + 1)
-    )
+    noise, grid = torch.randn(5, 3, dtype=torch.float64), torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+    theirs = ODESolver(as_velocity_model(watched)).sample(x_init=noise, step_size=None, time_grid=grid)
     assert len(seen) == watched.nfe == steps and all(t.shape == (5,) for t in seen)
-    assert torch.allclose(theirs, solvers.build("euler", steps=steps)(flow, noise), rtol=0, atol=1e-6)
+    assert torch.allclose(theirs, solvers.build("euler", steps=steps)(flow, noise), rtol=0, atol=1e-12)
+    single = ODESolver(as_velocity_model(flow)).sample(x_init=noise.float(), step_size=None, time_grid=grid.float())
+    assert torch.allclose(single.double(), theirs, rtol=0, atol=1e-5)
 
 
 def test_its_likelihood_of_a_gaussian(gaussian):
