@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from pathline.core.draws import Draws
-from pathline.core.errors import InputError
+from pathline.core.errors import InputError, OpenEndError
+from pathline.core.flow import BaseFlow
 from pathline.solvers import diffusions
 from pathline.solvers.base import FixedStep, Run, registry
 from pathline.solvers.diffusions import DiffusionSpec
@@ -59,6 +60,16 @@ class EulerMaruyama(FixedStep):
         if last_step == "tweedie" and self.end != 0:
             raise InputError(f"got last_step 'tweedie' for a solve that ends at {self.end:g}; it needs end=0")
         self.last_step = last_step
+
+    def check(self, flow: BaseFlow, x: Tensor, increments: Tensor | None) -> None:
+        """Check also that g is finite at every time that is evaluated, on the flow's path."""
+        super().check(flow, x, increments)
+        missing = {*self.times[:-1]} & {*self.diffusion.open_ends(flow.interpolant)}
+        if missing:
+            raise OpenEndError(
+                f"got a grid that evaluates t = {min(missing):g}, where the diffusion {type(self.diffusion).__name__} "
+                f"is infinite on the {type(flow.interpolant).__name__} path; keep start and end away from it"
+            )
 
     def increments_shape(self, x: Tensor) -> tuple[int, ...]:
         """Return (steps − 1, N, *S): the last step draws none."""

@@ -314,3 +314,34 @@ def test_grids_have_their_ends_in_either_direction(name):
             assert times.dtype == torch.float64 and len(times) == steps + 1
             assert times[0] == start and times[-1] == end
             assert bool((times.diff() * (end - start) > 0).all())
+
+
+def test_diffusions_against_their_formulas_and_their_ends():
+    """SiT's forms are g²/2: sbdm t/(1 − t) on the linear path. An infinite g is refused before the first call."""
+    t = torch.tensor([0.1, 0.4, 0.9], dtype=torch.float64)
+    linear, vp = interpolants.build("linear"), interpolants.build("vp")
+    build = solvers.diffusions.build
+    assert torch.allclose(build("sbdm", norm=0.6).squared(t, linear), 2 * 0.6 * t / (1 - t))
+    assert torch.allclose(build("constant", norm=0.6).squared(t, linear), torch.full_like(t, 1.2))
+    assert build("sbdm").open_ends(linear) == (1.0,) and build("sbdm").open_ends(vp) == (0.0,)
+    assert build("constant").open_ends(linear) == build("linear").open_ends(vp) == ()
+    for name in ("sbdm", "constant"):
+        with pytest.raises(InputError, match="got norm 0"):
+            build(name, norm=0)
+
+
+@pytest.mark.parametrize("diffusion", [{"name": "constant", "norm": 0.5}, "sbdm", "linear"])
+def test_marginals_do_not_depend_on_the_diffusion(diffusion, gaussian):
+    truth = gaussian("linear")
+    solver = solvers.build("euler-maruyama", steps=400, diffusion=diffusion, start=0.99, last_step="tweedie")
+    x = truth.transported(torch.randn(20_000, 1), 1.0, 0.99).float()
+    solution = solver.solve(truth.flow(), x, seed=3)
+    assert float(solution.x.mean()) == pytest.approx(2.0, abs=0.02)
+    assert float(solution.x.std()) == pytest.approx(0.5, abs=0.02)
+
+
+def test_an_infinite_diffusion_is_refused_before_the_first_call(gaussian):
+    flow = gaussian("linear").flow()
+    with pytest.raises(OpenEndError, match="evaluates t = 1, where the diffusion Own is infinite on the Linear path"):
+        solvers.build("euler-maruyama", diffusion="sbdm")(flow, torch.zeros(2, 1))
+    assert flow.nfe == 0
