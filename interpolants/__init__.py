@@ -1,6 +1,6 @@
 """Paths between data and noise, by name."""
 
-from pathline.interpolants import clocks
+from pathline.interpolants import clocks, couplings
 from pathline.interpolants.base import Coefficients, Interpolant, InterpolantSpec, registry
 from pathline.interpolants.bridge import Bridge, Stochastic, TwoEnded
 from pathline.interpolants.linear import Linear
@@ -24,6 +24,7 @@ __all__ = [
     "VariancePreserving",
     "build",
     "clocks",
+    "couplings",
     "names",
     "register",
     "registry",
