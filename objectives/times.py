@@ -1,4 +1,9 @@
-"""Laws of time: how training times are drawn. t = 0 is data, t = 1 is noise."""
+"""Laws of time: how training times are drawn. t = 0 is data, t = 1 is noise.
+
+A law is its quantile function and its density. ``shifted`` and ``stratified`` are laws over another law.
+
+N samples; t has shape (N,).
+"""
 
 from __future__ import annotations
 
@@ -7,21 +12,52 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Annotated, Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from pathline.core.draws import BoundDraws
 from pathline.core.errors import InputError
 from pathline.core.registry import Registry
+from pathline.interpolants.base import Interpolant, InterpolantSpec
+from pathline.interpolants.base import registry as paths
 
-__all__ = ["LogitNormal", "TimeLaw", "TimeLawSpec", "Uniform", "build", "names", "register", "registry"]
+__all__ = [
+    "CosMap",
+    "LogNormal",
+    "LogitNormal",
+    "Mode",
+    "Shifted",
+    "Stratified",
+    "TimeLaw",
+    "TimeLawSpec",
+    "UShaped",
+    "Uniform",
+    "build",
+    "names",
+    "register",
+    "registry",
+]
 
 
 class TimeLaw(ABC):
     """A distribution over [0, 1]."""
 
     @abstractmethod
+    def quantile(self, u: Tensor) -> Tensor:
+        """Return the times below which the law has probability u in [0, 1], in u's shape and precision."""
+
+    @abstractmethod
+    def density(self, t: Tensor) -> Tensor:
+        """Return the density at times in (0, 1), in t's shape and precision."""
+
     def sample(self, draws: BoundDraws) -> Tensor:
         """Return one time a sample, (N,) float32 on the host, from the stream ``time``."""
+        return self.quantile(draws.uniform("time").double()).float().clamp(0, 1)
+
+    def bind(self, interpolant: Interpolant) -> TimeLaw:
+        """Return this law for a path; itself, unless it is stated in a path's noise level."""
+        return self
 
 
 registry: Registry[TimeLaw] = Registry("law of time", "objectives.times", TimeLaw)
@@ -34,9 +70,22 @@ TimeLawSpec = Annotated[TimeLaw | str | Mapping[str, Any], registry]
 class Uniform(TimeLaw):
     """Uniform on [0, 1)."""
 
-    def sample(self, draws: BoundDraws) -> Tensor:
-        """Return (N,) uniform times."""
-        return draws.uniform("time")
+    def quantile(self, u: Tensor) -> Tensor:
+        """Return u."""
+        return u
+
+    def density(self, t: Tensor) -> Tensor:
+        """Return 1."""
+        return torch.ones_like(t)
+
+
+def _check_normal(mean: float, std: float) -> None:
+    if not (math.isfinite(mean) and 0 < std < math.inf):
+        raise InputError(f"got mean {mean} and std {std}, expected finite numbers, std above 0")
+
+
+def _normal_density(z: Tensor) -> Tensor:
+    return torch.exp(-0.5 * z.square()) / math.sqrt(2 * math.pi)
 
 
 @registry.register("logit-normal")
@@ -49,10 +98,218 @@ class LogitNormal(TimeLaw):
     """
 
     def __init__(self, mean: float = 0.0, std: float = 1.0) -> None:
-        if not (math.isfinite(mean) and 0 < std < math.inf):
-            raise InputError(f"got mean {mean} and std {std}, expected finite numbers, std above 0")
+        _check_normal(mean, std)
         self.mean, self.std = mean, std
+
+    def quantile(self, u: Tensor) -> Tensor:
+        """Return sigmoid(mean + std·Φ⁻¹(u))."""
+        scaled: Tensor = self.mean + self.std * torch.special.ndtri(u)
+        return scaled.sigmoid()
+
+    def density(self, t: Tensor) -> Tensor:
+        """Return φ((logit t − mean)/std)/(std·t·(1 − t))."""
+        return _normal_density((torch.logit(t) - self.mean) / self.std) / (self.std * t * (1 - t))
 
     def sample(self, draws: BoundDraws) -> Tensor:
         """Return (N,) logit-normal times."""
         return (self.mean + self.std * draws.normal("time")).sigmoid()
+
+
+@registry.register("lognormal")
+class LogNormal(TimeLaw):
+    """EDM's law: the ratio of noise to data σ(t)/α(t) is exp(mean + std·n) (arXiv:2206.00364, Table 1).
+
+    On the linear path it is the logit-normal law of the same numbers.
+
+    Args:
+        mean: of ln(σ/α); the paper's −1.2.
+        std: above 0; the paper's 1.2.
+        interpolant: the path; an objective puts its own in its place.
+    """
+
+    def __init__(self, mean: float = -1.2, std: float = 1.2, *, interpolant: InterpolantSpec = "linear") -> None:
+        _check_normal(mean, std)
+        self.mean, self.std = mean, std
+        self.interpolant: Interpolant = paths.build(interpolant)
+
+    def quantile(self, u: Tensor) -> Tensor:
+        """Return the time at which σ/α is exp(mean + std·Φ⁻¹(u))."""
+        return self.interpolant.time_at(torch.atan(torch.exp(self.mean + self.std * torch.special.ndtri(u))))
+
+    def density(self, t: Tensor) -> Tensor:
+        """Return φ((ln(σ/α) − mean)/std)·W/(ασ)/std, since d ln(σ/α)/dt = W/(ασ)."""
+        at = self.interpolant.evaluate(t)
+        z = ((at.sigma / at.alpha).log() - self.mean) / self.std
+        return _normal_density(z) * at.wronskian / (at.alpha * at.sigma * self.std)
+
+    def bind(self, interpolant: Interpolant) -> TimeLaw:
+        """Return the law of the same noise levels on another path."""
+        return LogNormal(self.mean, self.std, interpolant=interpolant)
+
+
+@registry.register("mode")
+class Mode(TimeLaw):
+    """t = 1 − u − scale·(cos²(πu/2) − 1 + u): heavy in the middle and light at the ends, or the reverse.
+
+    From arXiv:2403.03206, Eq. 20; the quantile function here is of 1 − u, so that it grows.
+
+    Args:
+        scale: in [−1, 2/(π − 2)] = [−1, 1.752], where it is monotone; the paper's choice 1.29. 0 is uniform.
+    """
+
+    limits = (-1.0, 2 / (math.pi - 2))
+
+    def __init__(self, scale: float = 1.29) -> None:
+        low, high = self.limits
+        if not low <= scale <= high:
+            raise InputError(
+                f"got scale {scale}, expected a number in [{low:g}, {high:.6g}], where the law is monotone"
+            )
+        self.scale = scale
+
+    def quantile(self, u: Tensor) -> Tensor:
+        """Return u − scale·(sin²(πu/2) − u)."""
+        return u - self.scale * (torch.sin(math.pi / 2 * u).square() - u)
+
+    def density(self, t: Tensor) -> Tensor:
+        """Return 1 over the quantile's slope, at the u that bisection finds."""
+        low, high = torch.zeros_like(t, dtype=torch.float64), torch.ones_like(t, dtype=torch.float64)
+        for _ in range(60):
+            middle = (low + high) / 2
+            below = self.quantile(middle) < t
+            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+        u = (low + high) / 2
+        return (1 / (1 + self.scale - self.scale * math.pi / 2 * torch.sin(math.pi * u))).to(t.dtype)
+
+
+@registry.register("cosmap")
+class CosMap(TimeLaw):
+    """t = 1 − 1/(tan(πu/2) + 1): the cosine schedule's noise levels on the linear path (arXiv:2403.03206)."""
+
+    def quantile(self, u: Tensor) -> Tensor:
+        """Return sin/(sin + cos) of πu/2, the same without an infinite tangent."""
+        sine, cosine = torch.sin(math.pi / 2 * u), torch.sin(math.pi / 2 * (1 - u))
+        return sine / (sine + cosine)
+
+    def density(self, t: Tensor) -> Tensor:
+        """Return 2/(π·(1 − 2t + 2t²))."""
+        return 2 / (math.pi * (1 - 2 * t + 2 * t.square()))
+
+
+@registry.register("u-shaped")
+class UShaped(TimeLaw):
+    """Density proportional to cosh(2a·(t − ½)): heavy at both ends (arXiv:2405.20320, 3.2).
+
+    Args:
+        a: above 0; the paper's 4.
+    """
+
+    def __init__(self, a: float = 4.0) -> None:
+        if not 0 < a < 300:
+            raise InputError(f"got a {a}, expected a number in (0, 300)")
+        self.a = a
+
+    def quantile(self, u: Tensor) -> Tensor:
+        """Return ½ + asinh((2u − 1)·sinh a)/(2a)."""
+        return 0.5 + torch.asinh((2 * u - 1) * math.sinh(self.a)) / (2 * self.a)
+
+    def density(self, t: Tensor) -> Tensor:
+        """Return a·cosh(2a·(t − ½))/sinh a."""
+        return self.a * torch.cosh(2 * self.a * (t - 0.5)) / math.sinh(self.a)
+
+
+@registry.register("shifted")
+class Shifted(TimeLaw):
+    """t = a·s/(1 + (a − 1)·s), s of another law: logit t = logit s + ln a (arXiv:2403.03206, Eq. 23).
+
+    Above 1 towards noise. Programs whose clock runs from noise to data state 1/a; see ``interpolants.clocks.shift``.
+
+    Args:
+        law: of s.
+        shift: a, above 0.
+        dimension: in its place, the number of values of a sample, C·H·W: a = √(dimension/base).
+        base: dimension at which there is no shift; 4096, that of a 4×32×32 latent.
+
+    Raises:
+        InputError: neither or both of shift and dimension, or one that is not above 0.
+    """
+
+    def __init__(
+        self,
+        law: TimeLawSpec = "uniform",
+        shift: float | None = None,
+        dimension: int | None = None,
+        base: int | None = None,
+    ) -> None:
+        if (shift is None) == (dimension is None):
+            raise InputError(f"got shift {shift} and dimension {dimension}, expected one of the two")
+        if base is not None and dimension is None:
+            raise InputError(f"got base {base} beside a shift, which does not use it; leave it out, or give dimension")
+        value = (
+            shift if shift is not None else math.sqrt(max(0, dimension or 0) / max(1, 4096 if base is None else base))
+        )
+        if not 0 < value < math.inf:
+            raise InputError(f"got a shift of {value}, expected a finite number above 0; 1 is none")
+        self.law: TimeLaw = registry.build(law)
+        self.shift = float(value)
+
+    def quantile(self, u: Tensor) -> Tensor:
+        """Return the law's quantile, shifted."""
+        s = self.law.quantile(u)
+        return self.shift * s / (1 + (self.shift - 1) * s)
+
+    def density(self, t: Tensor) -> Tensor:
+        """Return the law's density at s = t/(a − (a − 1)·t) times ds/dt."""
+        below = self.shift - (self.shift - 1) * t
+        return self.law.density(t / below) * self.shift / below.square()
+
+    def sample(self, draws: BoundDraws) -> Tensor:
+        """Return the law's times, shifted."""
+        s = self.law.sample(draws)
+        return self.shift * s / (1 + (self.shift - 1) * s)
+
+    def bind(self, interpolant: Interpolant) -> TimeLaw:
+        """Bind the law below."""
+        return Shifted(self.law.bind(interpolant), self.shift)
+
+
+@registry.register("stratified")
+class Stratified(TimeLaw):
+    """The same law with less variance: of every ``strata`` samples in a row, one falls into each stratum of the law.
+
+    A sample's stratum is a function of (seed, sample id) alone, so that batch size and devices change nothing.
+
+    Args:
+        law: any.
+        strata: number of strata, 2 or more; best a divisor of the batch size.
+    """
+
+    def __init__(self, law: TimeLawSpec = "uniform", strata: int = 64) -> None:
+        if strata < 2:
+            raise InputError(f"got strata {strata}, expected 2 or more")
+        self.law: TimeLaw = registry.build(law)
+        self.strata = strata
+
+    def quantile(self, u: Tensor) -> Tensor:
+        """Return the law's."""
+        return self.law.quantile(u)
+
+    def density(self, t: Tensor) -> Tensor:
+        """Return the law's."""
+        return self.law.density(t)
+
+    def sample(self, draws: BoundDraws) -> Tensor:
+        """Return (N,) times; strata are dealt anew for every ``strata`` ids and every counter."""
+        ids = np.asarray(draws.ids)
+        blocks, places = ids // self.strata, ids % self.strata
+        dealt = np.empty(len(ids))
+        for block in np.unique(blocks):
+            order = draws.draws.permutation(f"time strata {draws.counter}", self.strata, counter=int(block))
+            mine = blocks == block
+            dealt[mine] = order[places[mine]]
+        u = (torch.from_numpy(dealt) + draws.uniform("time").double()) / self.strata
+        return self.law.quantile(u).float().clamp(0, 1)
+
+    def bind(self, interpolant: Interpolant) -> TimeLaw:
+        """Bind the law below."""
+        return Stratified(self.law.bind(interpolant), self.strata)
