@@ -2,6 +2,7 @@
 
 from pathline.interpolants.couplings.assignments import ClassConditional, Conditional, Exact, Independent, Partial
 from pathline.interpolants.couplings.base import (
+    Batch,
     Coupling,
     CouplingSpec,
     Pairing,
@@ -15,6 +16,7 @@ from pathline.interpolants.couplings.entropic import Sinkhorn
 register, build, names = registry.register, registry.build, registry.names
 
 __all__ = [
+    "Batch",
     "ClassConditional",
     "Conditional",
     "Coupling",

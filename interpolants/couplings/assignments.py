@@ -1,4 +1,4 @@
-"""Couplings that solve an assignment problem with scipy (``pip install 'pathline[transport]'``): all are permutations.
+"""Couplings by assignment, a permutation of the noise, solved with scipy (``pip install 'pathline[transport]'``).
 
 N samples; S the shape of one sample.
 """
@@ -13,9 +13,9 @@ from torch import Tensor
 from pathline.core.draws import BoundDraws
 from pathline.core.errors import InputError
 from pathline.interpolants.couplings.base import (
+    Batch,
     Coupling,
     CouplingSpec,
-    Randomness,
     Report,
     assign,
     registry,
@@ -29,17 +29,9 @@ __all__ = ["ClassConditional", "Conditional", "Exact", "Independent", "Partial"]
 class Independent(Coupling):
     """Every data sample keeps the noise that was drawn for it."""
 
-    def solve(
-        self,
-        data: Tensor,
-        noise: Tensor,
-        *,
-        label: Tensor | None = None,
-        condition: Tensor | None = None,
-        draws: Randomness = None,
-    ) -> Tensor:
+    def solve(self, batch: Batch) -> Tensor:
         """Return 0 … N − 1."""
-        return torch.arange(len(data))
+        return torch.arange(len(batch))
 
 
 @registry.register("exact")
@@ -49,25 +41,17 @@ class Exact(Coupling):
     It depends on the batch, what one device takes at once: the larger, the nearer to transport of the distributions.
     """
 
-    def solve(
-        self,
-        data: Tensor,
-        noise: Tensor,
-        *,
-        label: Tensor | None = None,
-        condition: Tensor | None = None,
-        draws: Randomness = None,
-    ) -> Tensor:
+    def solve(self, batch: Batch) -> Tensor:
         """Solve the assignment problem."""
-        return assign(squared_distances(data, noise))
+        return assign(squared_distances(batch.data, batch.noise))
 
 
 @registry.register("conditional")
 class Conditional(Coupling):
     """Exact transport that also keeps conditions: cost ‖data_i − noise_j‖² + weight·‖c_i − c_j‖² (arXiv:2503.10636).
 
-    c_j is the condition of the sample for which noise j was drawn, so that conditions and noise stay independent. It
-    depends on the batch, what one device takes at once.
+    c_j is the condition of the sample for which noise j was drawn; the larger the weight, the less the noise that a
+    condition gets departs from noise drawn for it. Depends on the batch, what one device takes at once.
 
     Args:
         weight: of the conditions, 0 or more, in units of squared data by squared conditions; 0 is ``exact``, a large
@@ -82,19 +66,12 @@ class Conditional(Coupling):
             raise InputError(f"got weight {weight}, expected a finite number of 0 or more")
         self.weight = weight
 
-    def solve(
-        self,
-        data: Tensor,
-        noise: Tensor,
-        *,
-        label: Tensor | None = None,
-        condition: Tensor | None = None,
-        draws: Randomness = None,
-    ) -> Tensor:
+    def solve(self, batch: Batch) -> Tensor:
         """Solve the assignment problem with the conditions' cost."""
-        if condition is None:
+        if batch.condition is None:
             raise InputError("got no condition for the coupling 'conditional'; pass condition=… of shape (N, …)")
-        cost = squared_distances(data, noise) + self.weight * squared_distances(condition, condition)
+        cost = squared_distances(batch.data, batch.noise)
+        cost = cost + self.weight * squared_distances(batch.condition, batch.condition)
         if not bool(cost.isfinite().all()):
             raise InputError(f"got weight {self.weight:g}, whose cost is infinite for these conditions; lower it")
         return assign(cost)
@@ -111,26 +88,18 @@ class ClassConditional(Coupling):
     def __init__(self, within: CouplingSpec = "exact") -> None:
         self.within: Coupling = registry.build(within)
 
-    def solve(
-        self,
-        data: Tensor,
-        noise: Tensor,
-        *,
-        label: Tensor | None = None,
-        condition: Tensor | None = None,
-        draws: Randomness = None,
-    ) -> Tensor | tuple[Tensor, Report]:
+    def solve(self, batch: Batch) -> Tensor | tuple[Tensor, Report]:
         """Couple the samples of one label after the other, in ascending order; the report is the worst of theirs."""
-        if label is None:
+        if batch.label is None:
             raise InputError("got no labels for the coupling 'class-conditional'; pass label=… of shape (N,)")
-        indices, reports = torch.empty(len(data), dtype=torch.int64), []
-        labels = label.cpu()
+        indices, reports = torch.empty(len(batch), dtype=torch.int64), []
+        labels = batch.label.cpu()
         for value in torch.unique(labels):
             own = torch.nonzero(labels == value).flatten()
-            rows = (x if x is None else x[own.to(x.device)] for x in (data, noise, label, condition))
-            mine, others, classes, conditions = rows
-            assert mine is not None and others is not None
-            pairing = self.within.pair(mine, others, label=classes, condition=conditions, draws=_of(draws, own))
+            part = _rows(batch, own)
+            pairing = self.within.pair(
+                part.data, part.noise, label=part.label, condition=part.condition, draws=part.draws
+            )
             indices[own] = own[pairing.indices]
             if pairing.report:
                 reports.append(pairing.report)
@@ -157,18 +126,11 @@ class Partial(Coupling):
             raise InputError(f"got share {share}, expected a number in [0, 1]")
         self.share = share
 
-    def solve(
-        self,
-        data: Tensor,
-        noise: Tensor,
-        *,
-        label: Tensor | None = None,
-        condition: Tensor | None = None,
-        draws: Randomness = None,
-    ) -> Tensor:
+    def solve(self, batch: Batch) -> Tensor:
         """Find the k pairs of least total cost; data whose own noise is taken get what remains, in order."""
-        count = len(data)
-        indices = assign(_with_dummies(squared_distances(data, noise), count - round(self.share * count)))[:count]
+        count = len(batch)
+        cost = squared_distances(batch.data, batch.noise)
+        indices = assign(_with_dummies(cost, count - round(self.share * count)))[:count]
         left = indices >= count
         unused = torch.ones(count, dtype=torch.bool)
         unused[indices[~left]] = False
@@ -190,9 +152,11 @@ def _with_dummies(cost: Tensor, dummies: int) -> Tensor:
     return padded
 
 
-def _of(draws: Randomness, rows: Tensor) -> Randomness:
-    """Bind draws to the sample ids of some rows."""
-    if not isinstance(draws, BoundDraws):
-        return draws
-    ids = torch.as_tensor(draws.ids, device="cpu")[rows]
-    return draws.draws.at(ids, draws.counter, step=draws.step)
+def _rows(batch: Batch, rows: Tensor) -> Batch:
+    """Return some rows of a batch; draws are bound to their sample ids."""
+    data, noise = (x[rows.to(x.device)] for x in (batch.data, batch.noise))
+    label, condition = (None if x is None else x[rows.to(x.device)] for x in (batch.label, batch.condition))
+    draws = batch.draws
+    if isinstance(draws, BoundDraws):
+        draws = draws.draws.at(torch.as_tensor(draws.ids, device="cpu")[rows], draws.counter, step=draws.step)
+    return Batch(data, noise, label, condition, draws)

@@ -21,9 +21,33 @@ from pathline.core.draws import BoundDraws
 from pathline.core.errors import InputError, InputTypeError
 from pathline.core.registry import Registry
 
-__all__ = ["Coupling", "CouplingSpec", "Pairing", "Randomness", "Report", "assign", "registry", "squared_distances"]
+__all__ = [
+    "Batch",
+    "Coupling",
+    "CouplingSpec",
+    "Pairing",
+    "Randomness",
+    "Report",
+    "assign",
+    "registry",
+    "squared_distances",
+]
 
 Randomness = BoundDraws | torch.Generator | None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a coupling pairs, checked; the fields are those of ``Coupling.pair``."""
+
+    data: Tensor
+    noise: Tensor
+    label: Tensor | None = None
+    condition: Tensor | None = None
+    draws: Randomness = None
+
+    def __len__(self) -> int:
+        return len(self.data)
 
 
 class Report(NamedTuple):
@@ -91,23 +115,15 @@ class Coupling(ABC):
             raise InputError(f"got draws for {len(draws)} samples beside {len(data)}; bind one sample id a sample")
         _check_labels(label, len(data))
         _check_condition(condition, len(data))
-        solved = self.solve(data, noise, label=label, condition=condition, draws=draws)
+        solved = self.solve(Batch(data, noise, label, condition, draws))
         indices, report = solved if isinstance(solved, tuple) else (solved, None)
         indices = indices.cpu()
         distances = (_flat(data) - _flat(noise)[indices]).square().sum(1)
         return Pairing(indices, float(distances.mean()), report)
 
     @abstractmethod
-    def solve(
-        self,
-        data: Tensor,
-        noise: Tensor,
-        *,
-        label: Tensor | None = None,
-        condition: Tensor | None = None,
-        draws: Randomness = None,
-    ) -> Tensor | tuple[Tensor, Report]:
-        """Return (N,) int64 indices of checked inputs, with a report if the solve is iterative."""
+    def solve(self, batch: Batch) -> Tensor | tuple[Tensor, Report]:
+        """Return (N,) int64 indices, and a report if the solve is iterative."""
 
 
 registry: Registry[Coupling] = Registry("coupling", "interpolants.couplings", Coupling)

@@ -15,7 +15,15 @@ from torch import Tensor
 from pathline.core.checks import require
 from pathline.core.draws import Draws
 from pathline.core.errors import ConvergenceError, InputError
-from pathline.interpolants.couplings.base import Coupling, Randomness, Report, assign, registry, squared_distances
+from pathline.interpolants.couplings.base import (
+    Batch,
+    Coupling,
+    Randomness,
+    Report,
+    assign,
+    registry,
+    squared_distances,
+)
 
 __all__ = ["Sinkhorn"]
 
@@ -62,22 +70,14 @@ class Sinkhorn(Coupling):
         self.regularisation, self.relative, self.draw = regularisation, relative, draw
         self.iterations, self.tolerance = iterations, tolerance
 
-    def solve(
-        self,
-        data: Tensor,
-        noise: Tensor,
-        *,
-        label: Tensor | None = None,
-        condition: Tensor | None = None,
-        draws: Randomness = None,
-    ) -> tuple[Tensor, Report]:
+    def solve(self, batch: Batch) -> tuple[Tensor, Report]:
         """Find the plan and draw from it."""
-        log_plan, report = self.log_plan(squared_distances(data, noise))
-        uniform = _uniform(draws, len(data))
+        log_plan, report = self.log_plan(squared_distances(batch.data, batch.noise))
+        uniform = _uniform(batch.draws, len(batch))
         if self.draw == "rows":
             edges = log_plan.softmax(1).cumsum(1)
             drawn = torch.searchsorted(edges, uniform[:, :1].contiguous(), right=True).flatten()
-            return drawn.clamp(max=len(data) - 1), report
+            return drawn.clamp(max=len(batch) - 1), report
         gumbel = -torch.log(-torch.log(uniform.clamp(min=2.0**-25)))  # uniform draws are multiples of 2^-24, 0 included
         return assign(-(log_plan + gumbel)), report
 
