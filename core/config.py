@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, WrapValidator
@@ -75,10 +76,14 @@ class Train(Section):
 
 
 class Log(Section):
-    """How often, in steps, a row is written and a picture drawn (None: at the end alone)."""
+    """How often, in steps, a row is written and a picture drawn (None: at the end alone).
+
+    A row gives the loss over ``time_bins`` equal bins of t; 0 leaves it out.
+    """
 
     every: Positive = 100
     pictures_every: Positive | None = None
+    time_bins: Natural = 10
 
 
 class Checkpoint(Section):
@@ -219,7 +224,7 @@ def _options(
             continue
         value = given.get(name, option.default)
         nested = _nested(option.annotation)
-        if nested is not None:
+        if nested is not None and value is not None:
             filled[name] = _component(value, f"{path}.{name}", nested, problems)
         else:
             filled[name] = _typed(value, option.annotation, f"{path}.{name}", problems)
@@ -232,6 +237,9 @@ def _injected(option: inspect.Parameter) -> bool:
 
 
 def _nested(annotation: Any) -> Registry[Any] | None:
+    """Return the registry that an option's component is of, as in ``TimeLawSpec`` or ``TimeLawSpec | None``."""
+    if get_origin(annotation) in (Union, UnionType):
+        return next((found for part in get_args(annotation) if (found := _nested(part)) is not None), None)
     metadata = get_args(annotation)[1:] if get_origin(annotation) is Annotated else ()
     return next((item for item in metadata if isinstance(item, Registry)), None)
 

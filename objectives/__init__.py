@@ -1,9 +1,26 @@
-"""Training objectives, by name; laws of time in ``objectives.times``."""
+"""Training objectives, by name; laws of time in ``objectives.times``, weights in ``objectives.weightings``."""
 
-from pathline.objectives import times
+from pathline.objectives import times, weightings
 from pathline.objectives.base import Loss, Objective, registry
-from pathline.objectives.velocity import Velocity
+from pathline.objectives.contrastive import Contrastive
+from pathline.objectives.velocity import Data, Drift, Noise, Regression, Score, Velocity
 
 register, build, names = registry.register, registry.build, registry.names
 
-__all__ = ["Loss", "Objective", "Velocity", "build", "names", "register", "registry", "times"]
+__all__ = [
+    "Contrastive",
+    "Data",
+    "Drift",
+    "Loss",
+    "Noise",
+    "Objective",
+    "Regression",
+    "Score",
+    "Velocity",
+    "build",
+    "names",
+    "register",
+    "registry",
+    "times",
+    "weightings",
+]

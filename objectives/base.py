@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,9 @@ from pathline.core.checks import check_finite, check_labels
 from pathline.core.draws import BoundDraws, Draws
 from pathline.core.errors import InputError, InputTypeError
 from pathline.core.registry import Registry
+from pathline.interpolants import couplings
 from pathline.interpolants.base import Interpolant
+from pathline.interpolants.couplings import CouplingSpec
 from pathline.objectives import times as time_laws
 from pathline.objectives.times import TimeLawSpec
 
@@ -29,12 +31,15 @@ class Loss(NamedTuple):
     Attributes:
         total: mean over N of Σ weight·term, 0-dimensional, float32; call ``backward`` on it.
         terms: name -> (N,), before their weights.
-        details: name -> (N,), detached, for the log only; ``velocity`` is the error of the prediction used to sample.
+        details: name -> (N,), detached, for the log only; the first is the plain error of the prediction used to
+            sample, under the name of what is predicted.
+        times: (N,), detached: when the first detail was measured, for the log by time; None if there is no one time.
     """
 
     total: Tensor
     terms: Mapping[str, Tensor]
     details: Mapping[str, Tensor]
+    times: Tensor | None = None
 
 
 class Objective(ABC):
@@ -44,6 +49,8 @@ class Objective(ABC):
         interpolant: the path.
         times: law of the training times: a name, ``{"name": …, **options}`` or an instance.
         label_dropout: probability that a label is replaced by the backbone's null label, in [0, 1]; 0.1 as in SiT.
+        coupling: how data and noise are paired, see ``interpolants.couplings``; None is the path's own, which is
+            ``independent`` but for a bridge. It pairs what one device takes at once.
 
     Raises:
         InputError: label_dropout out of range.
@@ -53,7 +60,17 @@ class Objective(ABC):
     weights: Mapping[str, float]
     """Weight of each term in the total."""
 
-    def __init__(self, interpolant: Interpolant, *, times: TimeLawSpec = "uniform", label_dropout: float = 0.1) -> None:
+    predicts: ClassVar[str] = "velocity"
+    """What a network trained by this objective predicts: for ``Flow``."""
+
+    def __init__(
+        self,
+        interpolant: Interpolant,
+        *,
+        times: TimeLawSpec = "uniform",
+        label_dropout: float = 0.1,
+        coupling: CouplingSpec | None = None,
+    ) -> None:
         if not isinstance(interpolant, Interpolant):
             raise InputTypeError(
                 f"got {interpolant!r} for an interpolant, expected an Interpolant; use interpolants.build(name)"
@@ -61,7 +78,8 @@ class Objective(ABC):
         if not 0 <= label_dropout <= 1:
             raise InputError(f"got label_dropout {label_dropout}, expected a probability in [0, 1]")
         self.interpolant, self.label_dropout = interpolant, label_dropout
-        self.times = time_laws.build(times)
+        self.times = time_laws.build(times).bind(interpolant)
+        self.coupling = couplings.build(interpolant.coupling if coupling is None else coupling)
 
     def __call__(
         self,
@@ -70,6 +88,8 @@ class Objective(ABC):
         draws: BoundDraws | None = None,
         *,
         features: Sequence[Tensor] = (),
+        source: Tensor | None = None,
+        coupling_condition: Tensor | None = None,
         **conditions: Any,
     ) -> Loss:
         """Evaluate the loss of a batch.
@@ -80,6 +100,8 @@ class Objective(ABC):
             draws: source of times, noise and label dropout for N sample ids; None takes one seed from torch's
                 generator and ids 0 … N − 1.
             features: encoder tokens for alignment, one (N, T, dim) tensor an encoder; not passed to the backbone.
+            source: what stands at t = 1 in place of Gaussian noise, (N, *S): the other set of a two-ended path.
+            coupling_condition: what a ``conditional`` coupling keeps, (N, …); not passed to the backbone.
             conditions: what the backbone takes, as ``label`` of shape (N,).
 
         Raises:
@@ -88,7 +110,13 @@ class Objective(ABC):
         """
         draws = draws or Draws.from_torch().at(range(len(data)))
         self._check(backbone, data, draws, conditions)
-        noise = draws.normal("noise", data.shape[1:]).to(data)
+        noise = draws.normal("noise", data.shape[1:]).to(data) if source is None else self._source(source, data)
+        if not isinstance(self.coupling, couplings.Independent):
+            label = conditions.get("label")
+            pairing = self.coupling.pair(data, noise, label=label, condition=coupling_condition, draws=draws)
+            noise = noise[pairing.indices.to(noise.device)]
+        elif coupling_condition is not None:
+            raise InputError("got a coupling_condition for independent pairs, which do not use it; leave it out")
         kept = self._drop_labels(backbone, draws, conditions)
         return self.loss(backbone, data, noise, draws, tuple(features), kept)
 
@@ -104,10 +132,19 @@ class Objective(ABC):
     ) -> Loss:
         """Evaluate the loss of checked inputs; labels have been dropped."""
 
-    def combine(self, terms: Mapping[str, Tensor], details: Mapping[str, Tensor]) -> Loss:
+    def combine(self, terms: Mapping[str, Tensor], details: Mapping[str, Tensor], times: Tensor | None = None) -> Loss:
         """Return the loss of weighted terms: the mean over samples of Σ weight·term."""
         total = sum((self.weights[name] * term for name, term in terms.items()), start=torch.zeros(()))
-        return Loss(total.mean(), terms, {name: value.detach() for name, value in details.items()})
+        plain = {name: value.detach() for name, value in details.items()}
+        return Loss(total.mean(), terms, plain, None if times is None else times.detach())
+
+    def _source(self, source: Tensor, data: Tensor) -> Tensor:
+        if source.shape != data.shape or not source.is_floating_point():
+            came = f"{source.dtype} {tuple(source.shape)}"
+            raise InputError(f"got a source {came}, expected floats of the data's shape {tuple(data.shape)}")
+        if source.device.type == "cpu":
+            check_finite(source, "the source")
+        return source.to(data)
 
     def _check(self, backbone: nn.Module, data: Tensor, draws: BoundDraws, conditions: Mapping[str, Any]) -> None:
         if not isinstance(data, Tensor) or not data.is_floating_point() or data.ndim < 2 or not len(data):

@@ -1,25 +1,90 @@
-"""Flow matching: regress the path's velocity."""
+"""Regressions of what a network may predict: velocity, score, noise, data, and the drift of a path with latent noise.
+
+N samples; S the shape of one sample.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from pathline.core.draws import BoundDraws
 from pathline.core.errors import InputError
+from pathline.interpolants.base import Interpolant, broadcast
+from pathline.interpolants.bridge import Stochastic
+from pathline.interpolants.couplings import CouplingSpec
+from pathline.objectives import times as time_laws
+from pathline.objectives import weightings
 from pathline.objectives.base import Loss, Objective, registry, squared_error
+from pathline.objectives.times import TimeLaw, TimeLawSpec
+from pathline.objectives.weightings import WeightingSpec
 
-__all__ = ["Velocity"]
+__all__ = ["Data", "Drift", "Noise", "Regression", "Score", "Velocity"]
 
 
-@registry.register("velocity", aliases=("flow-matching",))
-class Velocity(Objective):
-    """Mean squared error of the velocity, ‖v(x_t, t) − dx_t/dt‖² (arXiv:2210.02747, Eq. 9)."""
+class Regression(Objective):
+    """A regression at one time a sample: mean over a sample's values of (prediction − target)², weighted.
 
-    weights = MappingProxyType({"velocity": 1.0})
+    Args:
+        interpolant: the path.
+        times: law of the training times.
+        label_dropout: see ``Objective``.
+        coupling: see ``Objective``.
+        loss: ``mse``, or ``huber``: ½e² up to ``delta``, delta·(|e| − ½·delta) beyond.
+        delta: of the Huber loss, above 0; None means 1. Only with it.
+        cosine: weight, 0 or more, of 1 − cos(prediction, target) over each sample (arXiv:2501.01423, 4.2).
+        weighting: weight of the loss along the path; see ``objectives.weightings``.
+        wanted_times: a second law: the loss is weighted by its density over that of ``times``, so that its expectation
+            is the one under ``wanted_times`` while times are drawn by ``times``.
+        interval: (low, high) in t; a law's times are mapped into it. None takes the path's ``training_interval``, all
+            of [0, 1] but for margins at open ends.
+
+    Raises:
+        InputError: options out of range or without effect, an interval that reaches an open end, or a weight that is
+            infinite in it.
+    """
+
+    def __init__(
+        self,
+        interpolant: Interpolant,
+        *,
+        times: TimeLawSpec = "uniform",
+        label_dropout: float = 0.1,
+        coupling: CouplingSpec | None = None,
+        loss: Literal["mse", "huber"] = "mse",
+        delta: float | None = None,
+        cosine: float = 0.0,
+        weighting: WeightingSpec = "none",
+        wanted_times: TimeLawSpec | None = None,
+        interval: tuple[float, float] | None = None,
+    ) -> None:
+        super().__init__(interpolant, times=times, label_dropout=label_dropout, coupling=coupling)
+        self.check_path()
+        if loss not in ("mse", "huber"):
+            raise InputError(f"got loss {loss!r}, expected 'mse' or 'huber'")
+        if delta is not None and (loss == "mse" or not 0 < delta < math.inf):
+            raise InputError(f"got delta {delta} with loss {loss!r}; it belongs to 'huber', a finite number above 0")
+        if not 0 <= cosine < math.inf:
+            raise InputError(f"got cosine {cosine}, expected a finite weight of 0 or more")
+        self.delta = (delta or 1.0) if loss == "huber" else None
+        self.interval = _checked_interval(interpolant, self.predicts, interval)
+        self.weighting = weightings.build(weighting)
+        if not isinstance(self.weighting, weightings.Uniform):
+            if interpolant.latent_noise:
+                raise InputError("got a weighting on a path with latent noise, where none is defined; use 'none'")
+            self.weighting.check(interpolant, self.predicts, self.interval)
+        self.wanted_times: TimeLaw | None = None
+        if wanted_times is not None:
+            self.wanted_times = time_laws.build(wanted_times).bind(interpolant)
+        self.weights = {self.predicts: 1.0} | ({"cosine": cosine} if cosine else {})
+
+    def check_path(self) -> None:
+        """Raise InputError on a path where the objective means nothing."""
 
     def loss(
         self,
@@ -32,8 +97,137 @@ class Velocity(Objective):
     ) -> Loss:
         """Evaluate the loss at one time a sample."""
         if features:
-            raise InputError("got encoder features, which the velocity objective does not use; leave them out")
-        t = self.times.sample(draws).to(data.device)
-        prediction = backbone(self.interpolant.interpolate(data, noise, t), t, **conditions)
-        error = squared_error(prediction, self.interpolant.velocity(data, noise, t))
-        return self.combine({"velocity": error}, {"velocity": error})
+            raise InputError(
+                f"got encoder features, which the {self.predicts} objective does not use; leave them out, or use "
+                "'alignment'"
+            )
+        t, importance = (value.to(data.device) for value in self.draw_times(draws))
+        latent = draws.normal("latent", data.shape[1:]).to(data) if self.interpolant.latent_noise else None
+        prediction = backbone(self.interpolant.interpolate(data, noise, t, latent), t, **conditions)
+        terms, plain = self._terms(prediction, data, noise, t, latent)
+        terms = {name: importance * term for name, term in terms.items()}
+        return self.combine(terms, {self.predicts: plain}, t)
+
+    def draw_times(self, draws: BoundDraws) -> tuple[Tensor, Tensor]:
+        """Draw times in the interval, and weights that trade their law for ``wanted_times``; (N,) each, on the host."""
+        t = self.times.sample(draws)
+        importance = torch.ones_like(t)
+        if self.wanted_times is not None:
+            inside = t.double().clamp(1e-7, 1 - 1e-7)  # where densities are defined
+            importance = (self.wanted_times.density(inside) / self.times.density(inside)).float()
+        low, high = self.interval
+        return low + (high - low) * t, importance
+
+    def terms(
+        self, prediction: Tensor, data: Tensor, noise: Tensor, t: Tensor, latent: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Evaluate the weighted error, (N,), and the cosine's term if it has a weight.
+
+        Args:
+            prediction: of what ``predicts`` says, at x_t, (N, *S).
+            data: (N, *S).
+            noise: (N, *S), or the source.
+            t: (N,).
+            latent: z of a path with latent noise.
+        """
+        return self._terms(prediction, data, noise, t, latent)[0]
+
+    def target(
+        self, prediction: Tensor, data: Tensor, noise: Tensor, t: Tensor, latent: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return prediction and target in the units of the loss, (N, *S) each."""
+        return prediction, self.interpolant.target(self.predicts, data, noise, t, latent)
+
+    def _terms(
+        self, prediction: Tensor, data: Tensor, noise: Tensor, t: Tensor, latent: Tensor | None
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        prediction, target = self.target(prediction, data, noise, t, latent)
+        plain = squared_error(prediction, target)
+        error = plain if self.delta is None else _huber(prediction, target, self.delta)
+        weight = self.weighting.weight(t.double(), self.interpolant, self.predicts).to(error)
+        terms = {self.predicts: weight * error}
+        if "cosine" in self.weights:
+            flat = prediction.flatten(1).to(plain)
+            terms["cosine"] = 1 - functional.cosine_similarity(flat, target.flatten(1).to(plain), dim=1)
+        return terms, plain
+
+
+@registry.register("velocity", aliases=("flow-matching",))
+class Velocity(Regression):
+    """Mean squared error of the velocity, ‖v(x_t, t) − dx_t/dt‖² (arXiv:2210.02747, Eq. 9); see ``Regression``."""
+
+    predicts = "velocity"
+
+
+@registry.register("noise")
+class Noise(Regression):
+    """Mean squared error of the noise (arXiv:2006.11239), or of z on a path with latent noise; see ``Regression``."""
+
+    predicts = "noise"
+
+
+@registry.register("data")
+class Data(Regression):
+    """Mean squared error of the data; see ``Regression``."""
+
+    predicts = "data"
+
+
+@registry.register("score")
+class Score(Regression):
+    """Denoising score matching in units of the noise, ‖σ·s(x_t, t) + noise‖² (arXiv:2011.13456); see ``Regression``.
+
+    On a path with latent noise ‖γ·s + z‖².
+    """
+
+    predicts = "score"
+
+    def target(
+        self, prediction: Tensor, data: Tensor, noise: Tensor, t: Tensor, latent: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return σ·s and −noise."""
+        self.interpolant.check_conversion("noise", "score")
+        path = self.interpolant
+        if isinstance(path, Stochastic) and latent is not None:
+            return broadcast(path.latent(t).gamma, prediction).to(prediction) * prediction, -latent
+        return broadcast(path.evaluate(t).sigma, prediction).to(prediction) * prediction, -noise
+
+
+@registry.register("drift")
+class Drift(Regression):
+    """Mean squared error of α'·data + σ'·source, the velocity of a path with latent noise without γ'·z.
+
+    γ' may be infinite; the drift is not. With a network of the noise z it makes a ``SplitFlow`` (arXiv:2303.08797).
+
+    Raises:
+        InputError: a path without latent noise; train its velocity.
+    """
+
+    predicts = "drift"
+
+    def check_path(self) -> None:
+        """Refuse paths without latent noise."""
+        if not self.interpolant.latent_noise:
+            name = type(self.interpolant).__name__
+            raise InputError(f"got the {name} path, without latent noise; use the objective 'velocity'")
+
+
+def _huber(prediction: Tensor, target: Tensor, delta: float) -> Tensor:
+    precision = torch.promote_types(prediction.dtype, torch.float32)
+    error = functional.huber_loss(prediction.to(precision), target.to(precision), reduction="none", delta=delta)
+    return error.flatten(1).mean(1)
+
+
+def _checked_interval(interpolant: Interpolant, kind: str, interval: tuple[float, float] | None) -> tuple[float, float]:
+    """Return the interval of training; raise where it reaches an end at which the kind does not exist."""
+    low, high = interpolant.training_interval(kind)
+    if interval is None:
+        return low, high
+    if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
+        raise InputError(f"got interval {tuple(interval)}, expected (low, high) with 0 <= low < high <= 1")
+    if (low > 0 and interval[0] == 0) or (high < 1 and interval[1] == 1):
+        raise InputError(
+            f"got interval {tuple(interval)}, and the {type(interpolant).__name__} path has no {kind} at one of its "
+            f"ends; keep away from it, as ({low:g}, {high:g}) does"
+        )
+    return float(interval[0]), float(interval[1])

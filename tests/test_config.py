@@ -71,8 +71,17 @@ def test_options_of_components_are_filled_in_with_their_defaults():
         "name": "velocity",
         "times": {"name": "logit-normal", "mean": 0.0, "std": 1.0},
         "label_dropout": 0.1,
+        "coupling": None,
+        "loss": "mse",
+        "delta": None,
+        "cosine": 0.0,
+        "weighting": {"name": "none"},
+        "wanted_times": None,
+        "interval": None,
     }
     assert c.backbone["mlp_ratio"] == 4.0
+    nested = resolve(entries("objective.coupling=sinkhorn", "objective.wanted_times.name=mode"))
+    assert nested.objective["coupling"]["regularisation"] == 0.05 and nested.objective["wanted_times"]["scale"] == 1.29
 
 
 @pytest.mark.parametrize("words", [(), ("guidance.0.scale=2.5", "optim.lr=3e-5"), ("solver=euler-maruyama",)])
@@ -217,6 +226,16 @@ def test_no_file(tmp_path):
         ("guidance=high", "guidance: got 'high'"),
         ("guidance.0.scale=.inf", "guidance.0.scale: got inf"),
         ("objective.times.mean=.nan", "objective.times.mean: got nan"),
+        ("objective.coupling=optimal", "objective.coupling.name: unknown coupling 'optimal'"),
+        (
+            "objective.coupling={name: sinkhorn, reg: 1}",
+            "objective.coupling.reg: coupling 'sinkhorn' has no such option",
+        ),
+        ("objective.wanted_times=beta", "objective.wanted_times.name: unknown law of time 'beta'"),
+        (
+            "objective.weighting=min_snr",
+            "objective.weighting.name: unknown weighting 'min_snr'; did you mean 'min-snr'?",
+        ),
         ("objective.label_dropout=.nan", "objective.label_dropout: got nan"),
     ],
 )

@@ -105,25 +105,12 @@ def test_the_loss_is_float32_whatever_the_networks_precision():
     assert loss.total.dtype == torch.float32
 
 
-@pytest.mark.parametrize("name", times.names())
-def test_laws_against_their_distribution(name):
-    options = {"logit-normal": dict(mean=0.4, std=1.3)}.get(name, {})
-    t = times.build(name, **options).sample(Draws(5).at(range(100_000)))
-    assert t.shape == (100_000,) and t.dtype == torch.float32 and bool(((t >= 0) & (t <= 1)).all())
-    cumulative = {
-        "uniform": lambda t: t,
-        "logit-normal": lambda t: 0.5 * (1 + torch.erf((torch.logit(t) - 0.4) / (1.3 * math.sqrt(2)))),
-    }[name](t.double().sort().values)
-    steps = torch.arange(100_001, dtype=torch.float64) / 100_000
-    assert float((cumulative - steps[1:]).abs().max()) < 1.95 / math.sqrt(100_000)
-
-
 def test_laws_by_name_mapping_and_instance():
     law = times.build("logit-normal", mean=1.0)
     assert build(times=law).times is law
     assert build(times={"name": "logit-normal", "mean": 2}).times.mean == 2
-    with pytest.raises(UnknownNameError, match="unknown law of time 'lognormal'; did you mean 'logit-normal'"):
-        build(times="lognormal")
+    with pytest.raises(UnknownNameError, match="unknown law of time 'logitnormal'; did you mean 'logit-normal'"):
+        build(times="logitnormal")
     for mean, std in ((0.0, 0.0), (0.0, math.inf), (0.0, math.nan), (math.inf, 1.0)):
         with pytest.raises(InputError, match=f"got mean {mean} and std {std}"):
             times.build("logit-normal", mean=mean, std=std)

@@ -43,7 +43,7 @@ class Parts:
 
     def flow(self, backbone: nn.Module) -> BaseFlow:
         """Return the guided flow of a backbone, this one's or its average."""
-        flow: BaseFlow = Flow(backbone, self.interpolant)
+        flow: BaseFlow = Flow(backbone, self.interpolant, self.objective.predicts)  # type: ignore[arg-type]  # checked there
         for guide in self.guidance:
             flow = guide(flow)
         return flow
@@ -127,14 +127,14 @@ def _cross_check(parts: Parts, problems: _Problems) -> None:
 
 
 def _check_objective(parts: Parts) -> None:
-    """Evaluate the loss of one sample: only that tells whether objective and backbone speak to one another.
+    """Evaluate the loss of two samples: only that tells whether objective and backbone speak to one another.
 
     With several devices also its gradient: data parallelism waits for every parameter's.
     """
-    train, batch = parts.configuration.train, parts.dataset.batch([0])
+    train, batch = parts.configuration.train, parts.dataset.batch([0, 1])
     several = train.devices * train.num_nodes > 1
     with torch.set_grad_enabled(several):
-        draws, given = Draws(0).at(range(1)), parts.conditions(batch["label"])
+        draws, given = Draws(0).at(range(2)), parts.conditions(batch["label"])
         total = parts.objective(parts.backbone, batch["data"], draws, **given).total
     if not several:
         return

@@ -16,6 +16,7 @@ from torch.nn import functional
 from pathline.core.draws import BoundDraws
 from pathline.core.errors import InputError
 from pathline.interpolants.base import Interpolant, broadcast
+from pathline.interpolants.couplings import CouplingSpec
 from pathline.objectives.base import Loss, Objective, registry, squared_error
 from pathline.objectives.times import TimeLawSpec
 from pathline.plugins.deepflow.backbone import Branches
@@ -48,6 +49,7 @@ class DeepFlowObjective(Objective):
         interpolant: the path; only a straight one has an acceleration loss.
         times: law of t_1.
         label_dropout: see ``Objective``.
+        coupling: see ``Objective``.
         branch_weights: β, one a branch; None means 0.2 for each but the last, 1 for the last (the paper's).
         acceleration: λ ≥ 0 (the paper's 1.0).
         align: μ ≥ 0, weight of the alignment to encoder features (the paper's 0.5 with them, 0 without).
@@ -63,12 +65,13 @@ class DeepFlowObjective(Objective):
         *,
         times: TimeLawSpec = "uniform",
         label_dropout: float = 0.1,
+        coupling: CouplingSpec | None = None,
         branch_weights: Sequence[float] | None = None,
         acceleration: float = 1.0,
         align: float = 0.0,
         max_gap: float = 0.01,
     ) -> None:
-        super().__init__(interpolant, times=times, label_dropout=label_dropout)
+        super().__init__(interpolant, times=times, label_dropout=label_dropout, coupling=coupling)
         weights = (acceleration, align, *(branch_weights or ()))
         if not all(0 <= weight < math.inf for weight in weights) or not 0 <= max_gap <= 1:
             raise InputError(
@@ -105,7 +108,7 @@ class DeepFlowObjective(Objective):
             raise InputError("got a backbone with projectors but no encoder features; build it without align_dims")
         terms, errors = self._terms(out, data, noise, times, features)
         details = {f"velocity_{i}": error for i, error in enumerate(errors[:-1], start=1)}
-        return self.combine(terms, {"velocity": errors[-1], **details})
+        return self.combine(terms, {"velocity": errors[-1], **details}, times[0])
 
     def draw_times(self, draws: BoundDraws, branches: int) -> tuple[Tensor, ...]:
         """Draw the times of all branches, each (N,): t_1 by the law, the rest by gaps of one sign a batch."""
