@@ -82,7 +82,12 @@ def difference(first, second):
 
 
 def untimed(folder):
-    return [{key: value for key, value in row.items() if key not in TIMED} for row in read_rows(folder)]
+    """Rows without speeds; the bins of a loss one by one, without the empty ones."""
+    rows = []
+    for row in read_rows(folder):
+        bins = {f"bin {i}": value for i, value in enumerate(row.pop("loss_by_time")) if value is not None}
+        rows.append({key: value for key, value in {**row, **bins}.items() if key not in TIMED})
+    return rows
 
 
 # --- against the same written by hand --------------------------------------------------------------------------------

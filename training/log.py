@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +35,16 @@ class Log:
         """Count one step on the progress bar."""
         self._bar.update()
 
-    def write(self, row: Mapping[str, float | int]) -> None:
-        """Write one row; ``step`` is among its entries."""
-        finite = {key: value if math.isfinite(value) else None for key, value in row.items()}
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Write one row of numbers and lists of them; ``step`` is among its entries."""
+        finite = {key: _finite(value) for key, value in row.items()}
         self._file.write(json.dumps(finite) + "\n")
         self._file.flush()
         self._bar.set_postfix(
             {key: f"{row[key]:.4g}" for key in ("loss", "images_per_second") if key in row}, refresh=False
         )
         if self._board is not None:
-            for key, value in row.items():
+            for key, value in _scalars(row):
                 self._board.add_scalar(key, value, row["step"])
 
     def close(self) -> None:
@@ -55,13 +55,13 @@ class Log:
             self._board.close()
 
 
-def read_rows(folder: Path) -> list[dict[str, float]]:
-    """Return the rows of a run's ``metrics.jsonl``."""
+def read_rows(folder: Path) -> list[dict[str, Any]]:
+    """Return the rows of a run's ``metrics.jsonl``; what was not finite is None."""
     path = folder / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def mean_over_last_steps(rows: list[dict[str, float]], name: str, steps: int) -> tuple[float, int]:
+def mean_over_last_steps(rows: list[dict[str, Any]], name: str, steps: int) -> tuple[float, int]:
     """Return the mean of an entry over the newest rows that cover ``steps`` steps, and the steps covered."""
     total, covered = 0.0, 0
     for row in reversed(rows):
@@ -70,6 +70,22 @@ def mean_over_last_steps(rows: list[dict[str, float]], name: str, steps: int) ->
         if covered >= steps:
             break
     return total / max(1, covered), covered
+
+
+def _finite(value: Any) -> Any:
+    """Put None, JSON's null, in the place of what is not finite."""
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return value if math.isfinite(value) else None
+
+
+def _scalars(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """Yield a row's numbers by name, those of a list numbered; empty bins are left out."""
+    for key, value in row.items():
+        if isinstance(value, list):
+            yield from ((f"{key}/{i}", item) for i, item in enumerate(value) if math.isfinite(item))
+        else:
+            yield key, value
 
 
 def _interval() -> float:

@@ -54,7 +54,7 @@ class State:
         self.module: _FabricModule = fabric.setup_module(self.network)
         self.average = Average(self.network, configuration.ema)  # after every rank has the first one's weights
         self.optimizer = build_optimizer(self.network, configuration.optim)
-        self.window = Window(fabric.device)
+        self.window = Window(fabric.device, configuration.log.time_bins)
 
     @property
     def position(self) -> int:
