@@ -238,7 +238,7 @@ def test_a_wrong_objective_is_found():
     truth = GaussianMixture([[1.0, -1.0], [-2.0, 0.5]], [0.5, 0.3])
     velocity = objectives.build("velocity", interpolant=LINEAR)
     check_objective(velocity, exact=truth.backbone(LINEAR))
-    biased = backbones.wrap(lambda x, t: 1.1 * truth.value("velocity", x, t, LINEAR))
+    biased = backbones.wrap(lambda x, t: 1.8 * truth.value("velocity", x, t, LINEAR))
     with pytest.raises(AssertionError, match="the loss .* of the truth is above"):
         check_objective(velocity, exact=biased)
 
