@@ -144,8 +144,9 @@ class Regression(Objective):
         prediction, target = self.target(prediction, data, noise, t, latent)
         plain = squared_error(prediction, target)
         error = plain if self.delta is None else _huber(prediction, target, self.delta)
-        weight = self.weighting.weight(t.double(), self.interpolant, self.predicts).to(error)
-        terms = {self.predicts: weight * error}
+        if not isinstance(self.weighting, weightings.Uniform):  # some devices have no float64
+            error = self.weighting.weight(t.double(), self.interpolant, self.predicts).to(error) * error
+        terms = {self.predicts: error}
         if "cosine" in self.weights:
             flat = prediction.flatten(1).to(plain)
             terms["cosine"] = 1 - functional.cosine_similarity(flat, target.flatten(1).to(plain), dim=1)
@@ -189,8 +190,8 @@ class Score(Regression):
         self.interpolant.check_conversion("noise", "score")
         path = self.interpolant
         if isinstance(path, Stochastic) and latent is not None:
-            return broadcast(path.latent(t).gamma, prediction).to(prediction) * prediction, -latent
-        return broadcast(path.evaluate(t).sigma, prediction).to(prediction) * prediction, -noise
+            return broadcast(path.latent(t).gamma, prediction) * prediction, -latent
+        return broadcast(path.evaluate(t).sigma, prediction) * prediction, -noise
 
 
 @registry.register("drift")

@@ -105,6 +105,14 @@ def test_the_loss_is_float32_whatever_the_networks_precision():
     assert loss.total.dtype == torch.float32
 
 
+def test_a_score_in_bfloat16_is_scaled_in_float32():
+    data, draws = torch.randn(5, 3), Draws(0).at(range(5))
+    loss = build("score")(backbones.wrap(lambda x, t: (-x).bfloat16()), data, draws)
+    t, noise = 1e-3 + (1 - 1e-3) * draws.uniform("time")[:, None], draws.normal("noise", (3,))
+    score = -((1 - t) * data + t * noise).bfloat16().float()
+    assert torch.allclose(loss.terms["score"], (t * score + noise).square().mean(1), rtol=1e-5)
+
+
 def test_laws_by_name_mapping_and_instance():
     law = times.build("logit-normal", mean=1.0)
     assert build(times=law).times is law
