@@ -65,7 +65,7 @@ def train(configuration: Configuration, resume: str | None, *, dry_run: bool) ->
     trainer.run()
     if first:
         images = (trainer.state.step - start) * configuration.train.global_batch
-        print(_summary(folder, images, time.perf_counter() - wall, time.process_time() - cpu))
+        print(_summary(folder, parts.objective.predicts, images, time.perf_counter() - wall, time.process_time() - cpu))
     return 0
 
 
@@ -95,7 +95,7 @@ def _plan(configuration: Configuration, backbone: nn.Module) -> str:
     )
 
 
-def _summary(folder: Path, images: int, wall: float, cpu: float) -> str:
+def _summary(folder: Path, predicted: str, images: int, wall: float, cpu: float) -> str:
     rows = read_rows(folder)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # KiB on Linux
     lines = [
@@ -103,8 +103,8 @@ def _summary(folder: Path, images: int, wall: float, cpu: float) -> str:
         f"peak memory {peak:.0f} MiB"
     ]
     if rows:
-        loss, steps = mean_over_last_steps(rows, "velocity", 100)
-        lines.append(f"velocity loss of the final head, mean over the last {steps} steps: {loss:.4f}")
+        loss, steps = mean_over_last_steps(rows, predicted, 100)
+        lines.append(f"{predicted} loss of the final head, mean over the last {steps} steps: {loss:.4f}")
         lines.append(f"steps skipped for gradients that were not finite: {rows[-1]['skipped']:.0f}")
     return "\n".join(lines)
 

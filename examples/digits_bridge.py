@@ -59,8 +59,8 @@ def main(arguments: list[str] | None = None) -> float:
     torch.set_num_threads(1)
     path = interpolants.build("bridge", scale=SCALE)
     ends = (digits(given.target, "train"), digits(given.source, "train"))
-    networks = [train(kind, path, ends, given.steps, given.batch) for kind in ("drift", "noise")]
-    flow = SplitFlow(*networks, path)
+    drift, noise = (train(kind, path, ends, given.steps, given.batch) for kind in ("drift", "noise"))
+    flow = SplitFlow(drift, noise, path)
     sampler = solvers.build(
         "euler-maruyama",
         steps=100,

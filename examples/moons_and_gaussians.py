@@ -1,9 +1,10 @@
 """Two moons to eight Gaussians with every coupling: what pairing does to the paths of a flow.
 
-``python examples/moons_and_gaussians.py [--steps 1200] [--batch 256] [--output moons.png]``
+``python examples/moons_and_gaussians.py [--steps 500] [--batch 128] [--output moons.png]``
 
 Each panel trains the same small network on a two-ended linear path. The number above it is the mean squared distance
-that samples travel, over that of exact optimal transport between two fresh sets: 1 is as short as can be.
+that samples travel, over that of exact optimal transport between two fresh sets: near 1, nothing is travelled in vain.
+Labels (``class-conditional``) and conditions bind the upper moon to the upper half of the circle, a longer way.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def train(coupling: str, steps: int, batch: int) -> tuple[Flow, int]:
     optimizer = torch.optim.Adam(backbone.parameters(), lr=2e-3)
     for step in range(steps):
         data, component = GAUSSIANS.sample(batch, seed=2 * step)
-        label = GAUSSIANS.labels[component]
+        label = torch.arange(8)[component] // 4
         order = label.argsort()  # the moon of a point is the half of the circle that it is to go to
         data, label = data[order], label[order]
         source, which = moons(batch, seed=2 * step + 1)
@@ -71,11 +72,12 @@ def train(coupling: str, steps: int, batch: int) -> tuple[Flow, int]:
 def follow(flow: Flow, classes: int, count: int) -> tuple[Tensor, float]:
     """Return trajectories (steps + 1, count, 2) and the mean squared distance travelled over the least possible."""
     source, which = moons(count, seed=10**6)
-    given = {"label": which} if classes else {}
+    given: dict[str, Any] = {"label": which} if classes else {}
     solution = solvers.build("heun", steps=25).solve(flow, source, trajectory=True, **given)
     fresh, _ = GAUSSIANS.sample(count, seed=10**6 + 1)
     least = couplings.build("exact").pair(source, fresh).cost
     travelled = float((solution.x - source).square().sum(1).mean())
+    assert solution.trajectory is not None
     return solution.trajectory, travelled / least
 
 
@@ -91,7 +93,7 @@ def draw(panels: dict[str, tuple[Tensor, float]], output: Path) -> None:
         axis.plot(*trajectory[:, :150].unbind(-1), color="0.7", linewidth=0.5)
         for points, color in ((trajectory[0], "tab:blue"), (trajectory[-1], "tab:red")):
             axis.scatter(*points.T, s=2, color=color)
-        axis.set_title(f"{name}: {ratio:.2f} × the shortest")
+        axis.set_title(f"{name}: {ratio:.2f} × optimal transport")
         axis.set_aspect("equal")
         axis.axis("off")
     figure.tight_layout()
@@ -102,15 +104,15 @@ def draw(panels: dict[str, tuple[Tensor, float]], output: Path) -> None:
 def main(arguments: list[str] | None = None) -> dict[str, float]:
     """Train with every coupling, draw, and return each one's distance over the least."""
     parser = argparse.ArgumentParser(description="Two moons to eight Gaussians with every coupling.")
-    parser.add_argument("--steps", type=int, default=1200)
-    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--output", type=Path, default=Path("moons.png"))
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     panels = {}
     for name in COUPLINGS:
         panels[name] = follow(*train(name, given.steps, given.batch), count=500)
-        print(f"{name}: {panels[name][1]:.3f} × the least squared distance")
+        print(f"{name}: {panels[name][1]:.3f} × the squared distance of optimal transport")
     draw(panels, given.output)
     print(f"wrote {given.output}")
     return {name: ratio for name, (_, ratio) in panels.items()}

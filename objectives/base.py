@@ -18,6 +18,7 @@ from pathline.core.errors import InputError, InputTypeError
 from pathline.core.registry import Registry
 from pathline.interpolants import couplings
 from pathline.interpolants.base import Interpolant
+from pathline.interpolants.bridge import TwoEnded
 from pathline.interpolants.couplings import CouplingSpec
 from pathline.objectives import times as time_laws
 from pathline.objectives.times import TimeLawSpec
@@ -139,6 +140,11 @@ class Objective(ABC):
         return Loss(total.mean(), terms, plain, None if times is None else times.detach())
 
     def _source(self, source: Tensor, data: Tensor) -> Tensor:
+        if not isinstance(self.interpolant, TwoEnded):
+            raise InputError(
+                f"got a source on the {type(self.interpolant).__name__} path, whose other end is Gaussian noise; "
+                "use interpolant 'two-ended', 'stochastic' or 'bridge'"
+            )
         if source.shape != data.shape or not source.is_floating_point():
             came = f"{source.dtype} {tuple(source.shape)}"
             raise InputError(f"got a source {came}, expected floats of the data's shape {tuple(data.shape)}")

@@ -278,10 +278,13 @@ def test_bad_batches():
     network = backbones.wrap(lambda x, t: x)
     with pytest.raises(InputError, match="got a batch of one"):
         build("contrastive")(network, data[:1], Draws(0).at(range(1)))
+    two = build("velocity", interpolants.build("two-ended"))
     with pytest.raises(InputError, match=r"got a source torch.float32 \(3, 2\), expected floats of the data's shape"):
-        build("velocity")(network, data, draws, source=data[:3])
+        two(network, data, draws, source=data[:3])
     with pytest.raises(InputError, match="NaN or infinite values in the source"):
-        build("velocity")(network, data, draws, source=data * math.nan)
+        two(network, data, draws, source=data * math.nan)
+    with pytest.raises(InputError, match="got a source on the Linear path, whose other end is Gaussian noise"):
+        build("velocity")(network, data, draws, source=data)
     with pytest.raises(InputError, match="got a coupling_condition for independent pairs"):
         build("velocity")(network, data, draws, coupling_condition=data)
     with pytest.raises(InputError, match="got no labels for the coupling 'class-conditional'"):
