@@ -27,6 +27,7 @@ __all__ = [
     "PatchEmbedding",
     "ScalarEmbedding",
     "attend",
+    "embed_gap",
     "initialize_linear",
     "math_attention",
     "modulate",
@@ -147,6 +148,22 @@ class LabelEmbedding(nn.Embedding):
     def __init__(self, num_classes: int, width: int) -> None:
         super().__init__(num_classes + 1, width)
         nn.init.normal_(self.weight, std=0.02)
+
+
+def embed_gap(embedding: ScalarEmbedding | None, gap: Tensor | None, like: Tensor) -> Tensor | None:
+    """Return the embedding of a time gap (N,), of zeros where none is given; None for a network that takes none.
+
+    Raises:
+        InputError: a gap for a network that takes none, or of another shape than ``like``, (N,).
+    """
+    if embedding is None:
+        if gap is not None:
+            raise InputError("got a gap, which this backbone does not take; build it with takes_gap=True")
+        return None
+    if gap is not None and gap.shape != like.shape:
+        raise InputError(f"got a gap of shape {tuple(gap.shape)}, expected {tuple(like.shape)}: one a sample")
+    embedded: Tensor = embedding(torch.zeros_like(like) if gap is None else gap)
+    return embedded
 
 
 class Modulation(nn.Module):

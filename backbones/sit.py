@@ -13,6 +13,7 @@ from pathline.backbones.layers import (
     LabelEmbedding,
     PatchEmbedding,
     ScalarEmbedding,
+    embed_gap,
     position_table,
     unpatchify,
 )
@@ -54,6 +55,7 @@ class SiT(Trunk):
         num_classes: class labels 0 … num_classes − 1; num_classes is the null label; 0 for an unconditional network.
         mlp_ratio: width of a block's MLP over D.
         query_key_norm: normalise each head's queries and keys; off in the released weights.
+        takes_gap: whether it takes the condition ``gap``, a length of time to look ahead, as ``mean-flow`` needs.
 
     Raises:
         InputError: sizes that do not fit one another.
@@ -72,6 +74,7 @@ class SiT(Trunk):
         num_classes: int = 1000,
         mlp_ratio: float = 4.0,
         query_key_norm: bool = False,
+        takes_gap: bool = False,
     ) -> None:
         super().__init__()
         width, heads, blocks = resolve_size(size, hidden_size, num_heads, depth, SIZES)
@@ -89,6 +92,7 @@ class SiT(Trunk):
             Block(width, heads, mlp_ratio, query_key_norm=query_key_norm) for _ in range(blocks)
         )
         self.head = self.new_head()
+        self.gap = ScalarEmbedding(width) if takes_gap else None
 
     positions: Tensor
 
@@ -97,12 +101,17 @@ class SiT(Trunk):
         tokens: Tensor = self.patches(x)
         return tokens + self.positions.to(tokens.dtype)
 
-    def condition(self, t: Tensor, *, label: Tensor | None = None, **conditions: Any) -> Tensor:
-        """Return the time embedding plus the label's, (N, D)."""
+    def condition(
+        self, t: Tensor, *, label: Tensor | None = None, gap: Tensor | None = None, **conditions: Any
+    ) -> Tensor:
+        """Return the time embedding plus those of the label and the gap, (N, D)."""
         if conditions:
-            raise InputError(f"got conditions {sorted(conditions)}, expected label alone; leave them out")
+            raise InputError(f"got conditions {sorted(conditions)}, expected label and gap alone; leave them out")
         embedded: Tensor = self.time(t)
-        return embedded if self.labels is None or label is None else embedded + self.labels(label)
+        if self.labels is not None and label is not None:
+            embedded = embedded + self.labels(label)
+        ahead = embed_gap(self.gap, gap, t)
+        return embedded if ahead is None else embedded + ahead
 
     def new_head(self) -> Head:
         """Return a fresh velocity head, zero at first."""
@@ -113,21 +122,22 @@ class SiT(Trunk):
         """Turn (N, T, p·p·C) into (N, C, H, W)."""
         return unpatchify(tokens, self.grid[0], self.patch_size)
 
-    def forward(self, x: Tensor, t: Tensor, *, label: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, *, label: Tensor | None = None, gap: Tensor | None = None) -> Tensor:
         """Predict one tensor of x's shape.
 
         Args:
             x: images or latents, (N, C, H, W).
             t: times in [0, 1], (N,) or ().
             label: class labels, (N,); required unless num_classes is 0.
+            gap: lengths of time, (N,), for a network that takes them; None is 0.
 
         Raises:
-            InputError: wrong shapes, or a missing label.
+            InputError: wrong shapes, a missing label, or a gap that it does not take.
             InputTypeError: labels that are not integers.
         """
         self.check_inputs(x, t, label)
         tokens, context = self.embed(x), self.context()
-        condition = self.condition(t.expand(len(x)), label=label)
+        condition = self.condition(t.expand(len(x)), label=label, gap=gap)
         for block in self.blocks:
             tokens, context = block(tokens, context, condition)
         return self.unpatchify(self.head(tokens, condition))
