@@ -25,6 +25,7 @@ __all__ = [
     "Mlp",
     "Modulation",
     "PatchEmbedding",
+    "Projector",
     "ScalarEmbedding",
     "attend",
     "embed_gap",
@@ -195,6 +196,16 @@ class Mlp(nn.Module):
         """Apply to the last dimension."""
         mapped: Tensor = self.output(functional.gelu(self.hidden(x), approximate="tanh"))
         return mapped
+
+
+class Projector(nn.Sequential):
+    """Tokens to an encoder's feature space: three linear layers with SiLU between, as in REPA (arXiv:2410.06940)."""
+
+    def __init__(self, width: int, hidden: int, output: int) -> None:
+        super().__init__(
+            nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, output)
+        )
+        self.apply(initialize_linear)
 
 
 class Attention(nn.Module):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, overload
 
 from torch import Tensor, nn
 
@@ -12,6 +13,7 @@ from pathline.backbones.layers import (
     Head,
     LabelEmbedding,
     PatchEmbedding,
+    Projector,
     ScalarEmbedding,
     embed_gap,
     position_table,
@@ -19,7 +21,7 @@ from pathline.backbones.layers import (
 )
 from pathline.core.errors import InputError
 
-__all__ = ["SIZES", "SiT", "Size", "resolve_size"]
+__all__ = ["SIZES", "Aligned", "SiT", "Size", "resolve_size"]
 
 SizeName = Literal["S", "B", "L", "XL"]
 
@@ -40,6 +42,18 @@ SIZES: dict[str, Size] = {
 }
 
 
+class Aligned(NamedTuple):
+    """What a network with projectors says, for training.
+
+    Attributes:
+        velocity: of x's shape.
+        features: one tensor (N, T, dim) per entry of ``align_dims``.
+    """
+
+    velocity: Tensor
+    features: tuple[Tensor, ...]
+
+
 @registry.register("sit")
 class SiT(Trunk):
     """A transformer over patches, modulated by time and class label.
@@ -56,9 +70,13 @@ class SiT(Trunk):
         mlp_ratio: width of a block's MLP over D.
         query_key_norm: normalise each head's queries and keys; off in the released weights.
         takes_gap: whether it takes the condition ``gap``, a length of time to look ahead, as ``mean-flow`` needs.
+        align_layer: number of blocks, 1 … depth, after which tokens are projected to encoders' features, as the
+            objective ``alignment`` needs; REPA's 8 (arXiv:2410.06940). None for no projectors.
+        align_dims: width of each encoder to align to; needs align_layer, and is needed by it.
+        align_width: hidden width of the projectors; REPA's 2048.
 
     Raises:
-        InputError: sizes that do not fit one another.
+        InputError: sizes that do not fit one another, or one of align_layer and align_dims alone.
     """
 
     def __init__(
@@ -75,11 +93,15 @@ class SiT(Trunk):
         mlp_ratio: float = 4.0,
         query_key_norm: bool = False,
         takes_gap: bool = False,
+        align_layer: int | None = None,
+        align_dims: Sequence[int] = (),
+        align_width: int = 2048,
     ) -> None:
         super().__init__()
         width, heads, blocks = resolve_size(size, hidden_size, num_heads, depth, SIZES)
         height_in, width_in = pair(input_size, "input_size")
         _check_sizes(width, heads, blocks, (height_in, width_in), patch_size, in_channels, num_classes)
+        _check_alignment(align_layer, align_dims, align_width, blocks)
         self.hidden_size, self.num_heads, self.patch_size = width, heads, patch_size
         self.num_classes, self.null_label = num_classes, num_classes or None
         self.input_shape = (in_channels, height_in, width_in)
@@ -93,6 +115,8 @@ class SiT(Trunk):
         )
         self.head = self.new_head()
         self.gap = ScalarEmbedding(width) if takes_gap else None
+        self.align_layer, self.align_dims = align_layer, tuple(align_dims)
+        self.projectors = nn.ModuleList(Projector(width, align_width, dim) for dim in align_dims)
 
     positions: Tensor
 
@@ -122,25 +146,65 @@ class SiT(Trunk):
         """Turn (N, T, p·p·C) into (N, C, H, W)."""
         return unpatchify(tokens, self.grid[0], self.patch_size)
 
-    def forward(self, x: Tensor, t: Tensor, *, label: Tensor | None = None, gap: Tensor | None = None) -> Tensor:
-        """Predict one tensor of x's shape.
+    @overload
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        *,
+        label: Tensor | None = None,
+        gap: Tensor | None = None,
+        with_features: Literal[False] = False,
+    ) -> Tensor: ...
+    @overload
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        *,
+        label: Tensor | None = None,
+        gap: Tensor | None = None,
+        with_features: Literal[True],
+    ) -> Aligned: ...
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        *,
+        label: Tensor | None = None,
+        gap: Tensor | None = None,
+        with_features: bool = False,
+    ) -> Tensor | Aligned:
+        """Predict one tensor of x's shape, and the projected features if asked for.
 
         Args:
             x: images or latents, (N, C, H, W).
             t: times in [0, 1], (N,) or ().
             label: class labels, (N,); required unless num_classes is 0.
             gap: lengths of time, (N,), for a network that takes them; None is 0.
+            with_features: whether to run the projectors as well, in training.
+
+        Returns:
+            The velocity, or ``Aligned``.
 
         Raises:
-            InputError: wrong shapes, a missing label, or a gap that it does not take.
+            InputError: wrong shapes, a missing label, a gap that it does not take, or features that it does not have.
             InputTypeError: labels that are not integers.
         """
         self.check_inputs(x, t, label)
+        if with_features and not self.align_dims:
+            raise InputError(
+                "got with_features for a network without projectors; build it with align_layer, align_dims"
+            )
         tokens, context = self.embed(x), self.context()
         condition = self.condition(t.expand(len(x)), label=label, gap=gap)
-        for block in self.blocks:
+        features: tuple[Tensor, ...] = ()
+        for number, block in enumerate(self.blocks, start=1):
             tokens, context = block(tokens, context, condition)
-        return self.unpatchify(self.head(tokens, condition))
+            if with_features and number == self.align_layer:
+                features = tuple(projector(tokens) for projector in self.projectors)
+        velocity = self.unpatchify(self.head(tokens, condition))
+        return Aligned(velocity, features) if with_features else velocity
 
 
 def resolve_size(
@@ -175,3 +239,12 @@ def _check_sizes(
         raise InputError(f"got hidden_size {width} and num_heads {heads}; the heads must divide the width")
     if any(side % patch for side in image):
         raise InputError(f"got input_size {image} and patch_size {patch}; the patch must divide both sides")
+
+
+def _check_alignment(layer: int | None, dims: Sequence[int], hidden: int, depth: int) -> None:
+    if (layer is None) != (not dims):
+        raise InputError(f"got align_layer {layer} and align_dims {tuple(dims)}; give both or neither")
+    if layer is not None and (not isinstance(layer, int) or not 1 <= layer <= depth):
+        raise InputError(f"got align_layer {layer}, expected a number of blocks from 1 to {depth}")
+    if not all(isinstance(n, int) and n >= 1 for n in (hidden, *dims)):
+        raise InputError(f"got align_width {hidden} and align_dims {tuple(dims)}, expected positive whole numbers")

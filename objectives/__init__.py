@@ -1,6 +1,7 @@
 """Training objectives, by name; laws of time in ``objectives.times``, weights in ``objectives.weightings``."""
 
 from pathline.objectives import times, weightings
+from pathline.objectives.alignment import Alignment
 from pathline.objectives.base import Loss, Objective, registry
 from pathline.objectives.contrastive import Contrastive
 from pathline.objectives.velocity import Data, Drift, Noise, Regression, Score, Velocity
@@ -8,6 +9,7 @@ from pathline.objectives.velocity import Data, Drift, Noise, Regression, Score, 
 register, build, names = registry.register, registry.build, registry.names
 
 __all__ = [
+    "Alignment",
     "Contrastive",
     "Data",
     "Drift",

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from pathline import backbones
 from pathline.backbones.base import Backbone, Trunk
 from pathline.backbones.base import registry as backbone_registry
-from pathline.backbones.layers import ScalarEmbedding
+from pathline.backbones.layers import Projector, ScalarEmbedding
 from pathline.backbones.sit import SIZES, SizeName, resolve_size
 from pathline.core.checks import check_time_shape
 from pathline.core.errors import InputError
-from pathline.plugins.deepflow.refiner import Projector, VelocityRefiner
+from pathline.plugins.deepflow.refiner import VelocityRefiner
 
 __all__ = ["BRANCHED_SIZES", "Branches", "DeepFlow"]
 

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from pathline.core.draws import BoundDraws
 from pathline.core.errors import InputError
 from pathline.interpolants.base import Interpolant, broadcast
 from pathline.interpolants.couplings import CouplingSpec
+from pathline.objectives.alignment import negative_cosine
 from pathline.objectives.base import Loss, Objective, registry, squared_error
 from pathline.objectives.times import TimeLawSpec
 from pathline.plugins.deepflow.backbone import Branches
@@ -177,25 +177,9 @@ class DeepFlowObjective(Objective):
 
     def _align(self, out: Branches, features: Sequence[Tensor]) -> Tensor:
         """Minus the cosine between projected and encoder tokens, mean over tokens, encoders and VeRA blocks, (N,)."""
-        losses = []
-        for projected in out.features:
-            if len(projected) != len(features):
-                raise InputError(
-                    f"got features of {len(features)} encoders for a backbone with {len(projected)} projectors a cut; "
-                    "set align_dims to the encoders' widths"
-                )
-            losses += [_negative_cosine(ours, theirs) for ours, theirs in zip(projected, features, strict=True)]
-        if not losses:
+        if not out.features:
             raise InputError("got encoder features for a backbone of one branch, which aligns nothing; set align=0")
-        return torch.stack(losses).mean(0)
-
-
-def _negative_cosine(projected: Tensor, encoded: Tensor) -> Tensor:
-    if projected.shape != encoded.shape:
-        raise InputError(
-            f"got encoder features of shape {tuple(encoded.shape)}, expected {tuple(projected.shape)} (N, T, dim)"
-        )
-    return -functional.cosine_similarity(projected.float(), encoded.float(), dim=-1).mean(1)
+        return torch.stack([negative_cosine(projected, features) for projected in out.features]).mean(0)
 
 
 def _branch_count(backbone: nn.Module) -> int:

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from pathline.backbones.layers import Mlp, Modulation, attend, initialize_linear, modulate, norm_without_affine
 
-__all__ = ["AccelerationMlp", "CrossSpaceAttention", "GapModulation", "Projector", "VelocityRefiner"]
+__all__ = ["AccelerationMlp", "CrossSpaceAttention", "GapModulation", "VelocityRefiner"]
 
 
 class AccelerationMlp(nn.Sequential):
@@ -26,16 +26,6 @@ class AccelerationMlp(nn.Sequential):
             nn.Linear(2 * hidden, hidden),
             nn.SiLU(),
             nn.Linear(hidden, width),
-        )
-        self.apply(initialize_linear)
-
-
-class Projector(nn.Sequential):
-    """Tokens to an encoder's feature space: three linear layers with SiLU between, as in REPA (arXiv:2410.06940)."""
-
-    def __init__(self, width: int, hidden: int, output: int) -> None:
-        super().__init__(
-            nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, output)
         )
         self.apply(initialize_linear)
 
