@@ -47,7 +47,8 @@ class MeanFlowObjective(Objective):
         label_dropout: see ``Objective``.
         coupling: see ``Objective``.
         share: of samples with r ≠ t, in [0, 1]; the paper's 0.25.
-        power: of the adaptive weight, 0 or more; the paper's 1. 0 is the plain sum of squares.
+        power: of the adaptive weight, 0 or more; the paper's 1, which takes for granted that ‖·‖² hardly varies between
+            samples, as in many dimensions. In few it shifts the minimum: use 0, the plain sum of squares.
         epsilon: of the adaptive weight, above 0; the paper's 1e-3.
         derivative: ``jvp``, forward-mode differentiation through the plain attention kernel, exact; or
             ``finite-difference``, central along (v, 1), two more network calls without gradients and any kernel.

@@ -266,7 +266,7 @@ def test_bad_objectives():
 
 
 def test_it_can_be_sampled_by_every_solver():
-    for name in solvers.names():
+    for name in set(solvers.names()) - {"mean-flow"}:  # needs a network that takes a gap
         flow = Flow(shuffled(build()), LINEAR)
         assert solvers.build(name, steps=3)(flow, torch.randn(2, 3, 4, 4), label=LABEL).shape == (2, 3, 4, 4)
 
