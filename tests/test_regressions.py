@@ -299,3 +299,55 @@ def test_float32_from_the_error_on():
         loss = build(name, **({} if name == "contrastive" else {"cosine": 0.1}))(network, torch.randn(4, 6))
         assert loss.total.dtype == torch.float32
         assert all(term.dtype == torch.float32 for term in loss.terms.values())
+
+
+# --- defects of others that would come back here ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["velocity", "noise", "contrastive", "deepflow"])
+def test_times_stay_float32_for_half_precision_data(name):
+    """S12: times cast to bf16 have 1,295 values in 10⁵ draws and reach t = 1; ours keep their own precision."""
+    network = Listener()
+    options = {"acceleration": 0.0} if name == "deepflow" else {}
+    if name == "deepflow":
+        network.cuts = ()
+        network.forward = lambda x, t, branch_times=(), label=None: _branches(network, x, t, label)
+    data = torch.zeros(100_000, 1, 1, 1, dtype=torch.bfloat16)
+    build(name, **options)(network, data, Draws(0).at(range(100_000)))
+    assert network.t.dtype == torch.float32 and len(network.t.unique()) > 90_000 and float(network.t.max()) < 1
+
+
+def test_times_are_drawn_for_each_sample():
+    """L7: one coin for a whole batch would put all times on one side."""
+    for law in times.names():
+        options = {"shifted": {"shift": 2.0}}.get(law, {})
+        t = times.build(law, **options).sample(Draws(0).at(range(64)))
+        assert len(t.unique()) > 60 and float(t.max()) - float(t.min()) > 0.3, law
+
+
+@pytest.mark.parametrize("path", PATHS[:5], ids=lambda path: type(path).__name__)
+def test_no_diffusion_is_negative(path):
+    """R1: a form copied into the reversed clock without its sign is −0.33, −1, −3 …"""
+    t = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
+    from pathline.solvers import diffusions
+
+    for name in diffusions.names():
+        squared = diffusions.build(name).squared(t, path)
+        assert bool((squared >= 0).all()) and bool(squared.isfinite().all()), name
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 2, 5)])
+def test_a_network_always_gets_one_time_a_sample(shape):
+    """F12: 0-dimensional in sampling and (N,) in training would be two contracts."""
+    from pathline import solvers
+
+    seen = []
+
+    def network(x, t):
+        seen.append(t.shape)
+        return x
+
+    data = torch.randn(4, *shape)
+    build("velocity")(backbones.wrap(network), data)
+    solvers.build("heun", steps=2)(Flow(backbones.wrap(network), LINEAR), data)
+    assert set(seen) == {(4,)}
