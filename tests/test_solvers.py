@@ -44,11 +44,20 @@ def test_order_of_the_ode_methods(name, start, end, gaussian):
     assert solvers.build(name, steps=1).order == ODE[name]
 
 
+def taking_gaps(function):
+    """A network that takes a gap as well, without which ``mean-flow`` cannot run, and makes nothing of it."""
+    return backbones.wrap(lambda x, t, gap=None: function(x, t))
+
+
+def exact_flow(gaussian):
+    return Flow(taking_gaps(gaussian().velocity), LINEAR)
+
+
 @pytest.mark.parametrize("name", solvers.names())
 class TestContract:
     def test_steps_are_steps_and_nfe_is_counted(self, name, gaussian):
         solver = solvers.build(name, steps=7)
-        flow = gaussian().flow()
+        flow = exact_flow(gaussian)
         solution = solver.solve(flow, torch.randn(5, 2))
         assert solution.nfe == 7 * solver.calls_per_step == flow.nfe == len(solution.times)
         assert solver.solve(flow, torch.randn(5, 2)).nfe == solution.nfe
@@ -60,26 +69,26 @@ class TestContract:
         for dtype in (torch.float32, torch.float64):
             x = torch.randn(3, 2, 5, dtype=dtype)
             before = x.clone()
-            solution = solvers.build(name, steps=3).solve(gaussian().flow(), x)
+            solution = solvers.build(name, steps=3).solve(exact_flow(gaussian), x)
             assert solution.x.dtype == dtype and solution.x.shape == x.shape
             assert torch.equal(x, before) and not solution.x.requires_grad
 
     def test_trajectory_has_both_ends(self, name, gaussian):
         x = torch.randn(3, 2)
-        solution = solvers.build(name, steps=4).solve(gaussian().flow(), x, seed=1, trajectory=True)
+        solution = solvers.build(name, steps=4).solve(exact_flow(gaussian), x, seed=1, trajectory=True)
         assert solution.trajectory.shape == (5, 3, 2)
         assert torch.equal(solution.trajectory[0], x) and torch.equal(solution.trajectory[-1], solution.x)
-        assert solvers.build(name, steps=4).solve(gaussian().flow(), x).trajectory is None
+        assert solvers.build(name, steps=4).solve(exact_flow(gaussian), x).trajectory is None
 
     def test_batches_do_not_matter(self, name, gaussian):
-        solver, flow, x = solvers.build(name, steps=5), gaussian().flow(), torch.randn(7, 3)
+        solver, flow, x = solvers.build(name, steps=5), exact_flow(gaussian), torch.randn(7, 3)
         whole = solver(flow, x, seed=3)
         parts = [solver(flow, x[i : i + 2], seed=3, sample_ids=range(i, min(i + 2, 7))) for i in range(0, 7, 2)]
         assert torch.allclose(torch.cat(parts), whole, atol=1e-6)
         assert torch.equal(solver(flow, x, seed=3), whole)
 
     def test_seed_none_follows_torchs_generator(self, name, gaussian):
-        solver, flow, x = solvers.build(name, steps=5), gaussian().flow(), torch.randn(4, 3)
+        solver, flow, x = solvers.build(name, steps=5), exact_flow(gaussian), torch.randn(4, 3)
         torch.manual_seed(5)
         first = solver.solve(flow, x)
         torch.manual_seed(5)
@@ -88,7 +97,7 @@ class TestContract:
         assert torch.equal(solver(flow, x, seed=first.seed), first.x)
 
     def test_a_network_in_bfloat16_with_a_float32_state(self, name):
-        backbone = backbones.build("mlp", dim=3, hidden_size=8).bfloat16()
+        backbone = backbones.build("mlp", dim=3, hidden_size=8, takes_gap=True).bfloat16()
         seen = {}
         backbone.register_forward_pre_hook(lambda _, args: seen.update(x=args[0].dtype, t=args[1].dtype))
         assert solvers.build(name, steps=2)(Flow(backbone, LINEAR), torch.randn(2, 3)).dtype == torch.float32
@@ -100,7 +109,7 @@ class TestContract:
 
         solver = solvers.build(name, steps=10, grid="uniform")
         with pytest.raises(SolverError, match="became NaN or infinite") as caught:
-            solver(Flow(backbones.wrap(breaks), LINEAR), torch.ones(2, 3))
+            solver(Flow(taking_gaps(breaks), LINEAR), torch.ones(2, 3))
         error = caught.value
         first = next(t for t in solver.times if t < 0.55)
         # a method that looks ahead meets the fault one step earlier
@@ -109,7 +118,9 @@ class TestContract:
         assert error.nfe == (error.step + 1) * solver.calls_per_step
 
     def test_conditions_reach_the_backbone(self, name):
-        backbone = backbones.wrap(lambda x, t, label, strength: x * 0 + label[:, None] * strength, num_classes=3)
+        backbone = backbones.wrap(
+            lambda x, t, label, strength, gap=None: x * 0 + label[:, None] * strength, num_classes=3
+        )
         flow = Flow(backbone, LINEAR).given(strength=torch.tensor(2.0))
         x = torch.zeros(2, 5)
         if name == "euler-maruyama":
@@ -119,7 +130,7 @@ class TestContract:
             assert solvers.build(name, steps=2)(flow, x, label=torch.tensor([0, 2]))[:, 0].tolist() == [0, -4]
 
     def test_bad_inputs(self, name, gaussian):
-        solver, flow = solvers.build(name, steps=2), gaussian().flow()
+        solver, flow = solvers.build(name, steps=2), exact_flow(gaussian)
         with pytest.raises(InputTypeError, match=r"state of type torch.bfloat16.*call x.float\(\)"):
             solver(flow, torch.zeros(2, 3, dtype=torch.bfloat16))
         with pytest.raises(InputTypeError, match="state of type torch.int64"):
@@ -133,7 +144,7 @@ class TestContract:
         with pytest.raises(InputError, match="got increments"):
             solver(flow, torch.zeros(2, 3), increments=torch.zeros(5, 2, 3))
         with pytest.raises(InputError, match=r"prediction of shape \(2, 1\) from the backbone, expected \(2, 3\)"):
-            solver(Flow(backbones.wrap(lambda x, t: x[:, :1]), LINEAR), torch.zeros(2, 3))
+            solver(Flow(taking_gaps(lambda x, t: x[:, :1]), LINEAR), torch.zeros(2, 3))
         for steps in (0, -1, 2.0, True):
             with pytest.raises(InputError, match="expected a whole number of 1 or more"):
                 solvers.build(name, steps=steps)
