@@ -7,7 +7,16 @@ from importlib.metadata import EntryPoint
 
 import pytest
 
-from pathline import InputTypeError, PluginError, UnknownNameError, UnknownOptionError, backbones, interpolants, solvers
+from pathline import (
+    InputTypeError,
+    PluginError,
+    UnknownNameError,
+    UnknownOptionError,
+    backbones,
+    interpolants,
+    objectives,
+    solvers,
+)
 from pathline.core import registry as module
 from pathline.core.registry import Plugins, Registry, registries
 
@@ -135,6 +144,14 @@ def test_every_registry_refuses_unknown_names_and_options(registry):
 
 
 def test_names_users_rely_on():
+    couplings = {"independent", "exact", "sinkhorn", "class-conditional", "conditional", "partial"}
+    assert set(interpolants.couplings.names()) == couplings
+    laws = {"uniform", "logit-normal", "mode", "cosmap", "lognormal", "u-shaped", "shifted", "stratified"}
+    assert laws == set(objectives.times.names())
+    weights = {"none", "velocity", "likelihood", "sigma-sqrt", "cosmap", "min-snr"}
+    assert weights == set(objectives.weightings.names())
+    trained = {"velocity", "score", "noise", "data", "contrastive", "mean-flow", "alignment"}
+    assert trained <= set(objectives.names())
     paths = {"linear", "trigonometric", "vp", "polynomial", "linear-vp", "two-ended", "bridge", "stochastic"}
     assert paths <= set(interpolants.names())
     assert {"euler", "heun", "euler-maruyama"} <= set(solvers.names())
