@@ -73,7 +73,7 @@ class SiT(Trunk):
         align_layer: number of blocks, 1 … depth, after which tokens are projected to encoders' features, as the
             objective ``alignment`` needs; REPA's 8 (arXiv:2410.06940). None for no projectors.
         align_dims: width of each encoder to align to; needs align_layer, and is needed by it.
-        align_width: hidden width of the projectors; REPA's 2048.
+        align_width: hidden width of the projectors; None is REPA's 2048. Only with align_layer.
 
     Raises:
         InputError: sizes that do not fit one another, or one of align_layer and align_dims alone.
@@ -95,7 +95,7 @@ class SiT(Trunk):
         takes_gap: bool = False,
         align_layer: int | None = None,
         align_dims: Sequence[int] = (),
-        align_width: int = 2048,
+        align_width: int | None = None,
     ) -> None:
         super().__init__()
         width, heads, blocks = resolve_size(size, hidden_size, num_heads, depth, SIZES)
@@ -116,7 +116,7 @@ class SiT(Trunk):
         self.head = self.new_head()
         self.gap = ScalarEmbedding(width) if takes_gap else None
         self.align_layer, self.align_dims = align_layer, tuple(align_dims)
-        self.projectors = nn.ModuleList(Projector(width, align_width, dim) for dim in align_dims)
+        self.projectors = nn.ModuleList(Projector(width, align_width or 2048, dim) for dim in align_dims)
 
     positions: Tensor
 
@@ -241,10 +241,12 @@ def _check_sizes(
         raise InputError(f"got input_size {image} and patch_size {patch}; the patch must divide both sides")
 
 
-def _check_alignment(layer: int | None, dims: Sequence[int], hidden: int, depth: int) -> None:
+def _check_alignment(layer: int | None, dims: Sequence[int], hidden: int | None, depth: int) -> None:
+    if hidden is not None and layer is None:
+        raise InputError(f"got align_width {hidden} without align_layer, which alone uses it; give both or neither")
     if (layer is None) != (not dims):
         raise InputError(f"got align_layer {layer} and align_dims {tuple(dims)}; give both or neither")
     if layer is not None and (not isinstance(layer, int) or not 1 <= layer <= depth):
         raise InputError(f"got align_layer {layer}, expected a number of blocks from 1 to {depth}")
-    if not all(isinstance(n, int) and n >= 1 for n in (hidden, *dims)):
+    if not all(isinstance(n, int) and n >= 1 for n in (1 if hidden is None else hidden, *dims)):
         raise InputError(f"got align_width {hidden} and align_dims {tuple(dims)}, expected positive whole numbers")

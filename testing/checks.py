@@ -58,7 +58,6 @@ def check_solver(
     steps: int = 40,
     path: Interpolant | None = None,
     tolerance: float = 0.02,
-    conditions: Callable[[int], dict[str, Any]] | None = None,
     order_steps: tuple[int, int] = (20, 80),
 ) -> None:
     """Check a solver on the exact flow of a Gaussian, N(2, 0.5²) in two dimensions.
@@ -71,7 +70,6 @@ def check_solver(
         steps: enough for moments within ``tolerance``.
         path: linear if None.
         tolerance: of mean and standard deviation.
-        conditions: of the number of samples: what the flow's backbone needs.
         order_steps: two numbers of steps between which the order is measured.
 
     Raises:
@@ -107,6 +105,7 @@ def check_objective(
     backbone: nn.Module | None = None,
     exact: nn.Module | None = None,
     data: GaussianMixture | None = None,
+    **given: Any,
 ) -> None:
     """Check an objective: shapes, precision, that it draws from its draws alone, and, given the truth, its minimum.
 
@@ -115,6 +114,7 @@ def check_objective(
         backbone: a network of its kind for samples (N, 2) of ``data``; a small one of no parameters if None.
         exact: the minimiser, if there is one in closed form: its loss must be below those around it.
         data: what samples come from; a mixture in two dimensions if None.
+        given: further arguments of a call for 600 samples, as ``features``.
 
     Raises:
         AssertionError: what differs.
@@ -123,7 +123,7 @@ def check_objective(
     x, _ = data.sample(600)
     network = backbone or exact or backbones.wrap(lambda x, t, **_: 0.3 * x)
     draws, generator = Draws(7).at(range(600)), torch.get_rng_state()
-    loss, again = objective(network, x, draws), objective(network, x, draws)
+    loss, again = (objective(network, x, draws, **given) for _ in range(2))
     assert torch.equal(torch.get_rng_state(), generator), "it draws from torch's global generator"
     _close(loss.total, again.total, 0.0, "the loss of the same draws, a second time")
     assert loss.total.ndim == 0 and loss.total.dtype == torch.float32, f"a loss {loss.total.dtype} {loss.total.shape}"

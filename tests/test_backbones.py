@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from pathline import InputError, InputTypeError, backbones
 from pathline.backbones.layers import Attention, attend, math_attention, position_table, scalar_features, unpatchify
+from pathline.testing import check_backbone
 
 TOY = {
     "mlp": dict(dim=5, hidden_size=16, num_classes=7),
@@ -221,3 +222,25 @@ def test_wrap_takes_any_function():
     backbone = backbones.wrap(lambda x, t, label: x * t[:, None] + label[:, None], num_classes=3, null_label=3)
     out = backbone(torch.ones(2, 5), torch.tensor([1.0, 2.0]), label=torch.tensor([0, 3]))
     assert out.tolist() == [[1.0] * 5, [5.0] * 5] and backbone.null_label == 3
+
+
+SMALL = dict(input_size=4, patch_size=2, in_channels=1, hidden_size=16, num_heads=2, depth=2)
+BUILT = {
+    "mlp": [dict(dim=3), dict(num_classes=4), dict(takes_gap=True)],
+    "sit": [
+        dict(**SMALL, num_classes=0),
+        dict(**SMALL, num_classes=4, query_key_norm=True),
+        dict(**SMALL, num_classes=4, takes_gap=True, align_layer=1, align_dims=(5,)),
+    ],
+    "deepflow": [dict(**SMALL, num_classes=4, acceleration_width=8), dict(**SMALL, num_classes=0, cuts=())],
+}
+
+
+@pytest.mark.parametrize("name", backbones.names())
+def test_every_backbone_of_the_registry_keeps_the_contract(name):
+    assert name in BUILT, "add options for the new backbone here"
+    for options in BUILT[name]:
+        backbone = backbones.build(name, **options)
+        for p in backbone.parameters():
+            torch.nn.init.normal_(p, std=0.2)  # heads are zero at first
+        check_backbone(backbone)

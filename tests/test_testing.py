@@ -234,6 +234,28 @@ def test_a_wrong_backbone_is_found():
             check_backbone(wrap(function))
 
 
+IMAGES = GaussianMixture(torch.tensor([-0.5, 0.5]).reshape(2, 1, 1, 1).expand(2, 1, 4, 4), 0.3)
+NETWORK = dict(input_size=4, patch_size=2, in_channels=1, hidden_size=16, num_heads=2, depth=2, num_classes=0)
+SPECIAL = {  # what an objective needs beside its path: options, network, further arguments
+    "drift": lambda: (dict(coupling="independent"), None, {}),
+    "deepflow": lambda: ({}, backbones.build("deepflow", **NETWORK, acceleration_width=8), {}),
+    "mean-flow": lambda: ({}, backbones.build("sit", **NETWORK, takes_gap=True), {}),
+    "alignment": lambda: (
+        {},
+        backbones.build("sit", **NETWORK, align_layer=1, align_dims=(5,)),
+        {"features": (torch.randn(600, 4, 5),)},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", objectives.names())
+def test_objectives_of_the_registry(name):
+    path = interpolants.build("bridge" if name == "drift" else "linear")
+    options, network, given = SPECIAL.get(name, lambda: ({}, None, {}))()
+    objective = objectives.build(name, interpolant=path, **options)
+    check_objective(objective, backbone=network, data=IMAGES if network else None, **given)
+
+
 def test_a_wrong_objective_is_found():
     truth = GaussianMixture([[1.0, -1.0], [-2.0, 0.5]], [0.5, 0.3])
     velocity = objectives.build("velocity", interpolant=LINEAR)
