@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pathline.core.checks import check_finite
-from pathline.core.draws import BoundDraws
 from pathline.core.errors import InputError
 from pathline.interpolants.base import Interpolant
 from pathline.interpolants.couplings import CouplingSpec
-from pathline.objectives.base import Loss, registry
+from pathline.objectives.base import registry
 from pathline.objectives.times import TimeLawSpec
 from pathline.objectives.velocity import Velocity
 from pathline.objectives.weightings import WeightingSpec
@@ -84,25 +83,21 @@ class Alignment(Velocity):
             )
         self.weights = {**self.weights, "align": align}
 
-    def loss(
+    def check_features(self, features: tuple[Tensor, ...], backbone: nn.Module, count: int) -> None:
+        """Check what can be known before the network is called: how many encoders, their samples and widths."""
+        _check_features(features, _align_dims(backbone), count)
+
+    def predict(
         self,
         backbone: nn.Module,
-        data: Tensor,
-        noise: Tensor,
-        draws: BoundDraws,
+        x: Tensor,
+        t: Tensor,
         features: tuple[Tensor, ...],
         conditions: Mapping[str, Any],
-    ) -> Loss:
-        """Evaluate the loss at one time a sample: one network call gives velocity and features."""
-        _check_features(features, _align_dims(backbone), len(data))
-        t, importance = (value.to(data.device) for value in self.draw_times(draws))
-        latent = draws.normal("latent", data.shape[1:]).to(data) if self.interpolant.latent_noise else None
-        x = self.interpolant.interpolate(data, noise, t, latent)
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Call the network once; return its velocity and the alignment's term."""
         velocity, projected = backbone(x, t, with_features=True, **conditions)
-        terms, plain = self._terms(velocity, data, noise, t, latent)
-        align = negative_cosine(projected, features)
-        terms = {name: importance * term for name, term in (terms | {"align": align}).items()}
-        return self.combine(terms, {"velocity": plain, "align": align}, t)
+        return velocity, {"align": negative_cosine(projected, features)}
 
 
 def negative_cosine(projected: Sequence[Tensor], encoded: Sequence[Tensor]) -> Tensor:

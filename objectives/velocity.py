@@ -96,17 +96,33 @@ class Regression(Objective):
         conditions: Mapping[str, Any],
     ) -> Loss:
         """Evaluate the loss at one time a sample."""
+        self.check_features(features, backbone, len(data))
+        t, importance = (value.to(data.device) for value in self.draw_times(draws))
+        latent = draws.normal("latent", data.shape[1:]).to(data) if self.interpolant.latent_noise else None
+        x = self.interpolant.interpolate(data, noise, t, latent)
+        prediction, extra = self.predict(backbone, x, t, features, conditions)
+        terms, plain = self._terms(prediction, data, noise, t, latent)
+        terms = {name: importance * term for name, term in (terms | extra).items()}
+        return self.combine(terms, {self.predicts: plain, **extra}, t)
+
+    def check_features(self, features: tuple[Tensor, ...], backbone: nn.Module, count: int) -> None:
+        """Raise InputError for encoder features that do not fit; here, for any."""
         if features:
             raise InputError(
                 f"got encoder features, which the {self.predicts} objective does not use; leave them out, or use "
                 "'alignment'"
             )
-        t, importance = (value.to(data.device) for value in self.draw_times(draws))
-        latent = draws.normal("latent", data.shape[1:]).to(data) if self.interpolant.latent_noise else None
-        prediction = backbone(self.interpolant.interpolate(data, noise, t, latent), t, **conditions)
-        terms, plain = self._terms(prediction, data, noise, t, latent)
-        terms = {name: importance * term for name, term in terms.items()}
-        return self.combine(terms, {self.predicts: plain}, t)
+
+    def predict(
+        self,
+        backbone: nn.Module,
+        x: Tensor,
+        t: Tensor,
+        features: tuple[Tensor, ...],
+        conditions: Mapping[str, Any],
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Call the network once; return its prediction, (N, *S), and further terms, name -> (N,)."""
+        return backbone(x, t, **conditions), {}
 
     def draw_times(self, draws: BoundDraws) -> tuple[Tensor, Tensor]:
         """Draw times in the interval, and weights that trade their law for ``wanted_times``; (N,) each, on the host."""
