@@ -4,6 +4,7 @@ from pathline.objectives import times, weightings
 from pathline.objectives.alignment import Alignment
 from pathline.objectives.base import Loss, Objective, registry
 from pathline.objectives.contrastive import Contrastive
+from pathline.objectives.derived_times import Shifted, Stratified
 from pathline.objectives.velocity import Data, Drift, Noise, Regression, Score, Velocity
 
 register, build, names = registry.register, registry.build, registry.names
@@ -18,6 +19,8 @@ __all__ = [
     "Objective",
     "Regression",
     "Score",
+    "Shifted",
+    "Stratified",
     "Velocity",
     "build",
     "names",

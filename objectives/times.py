@@ -1,6 +1,6 @@
 """Laws of time: how training times are drawn. t = 0 is data, t = 1 is noise.
 
-A law is its quantile function and its density. ``shifted`` and ``stratified`` are laws over another law.
+A law is its quantile function and its density. Laws over another law are in ``derived_times``.
 
 N samples; t has shape (N,).
 """
@@ -12,7 +12,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,8 +26,6 @@ __all__ = [
     "LogNormal",
     "LogitNormal",
     "Mode",
-    "Shifted",
-    "Stratified",
     "TimeLaw",
     "TimeLawSpec",
     "UShaped",
@@ -124,13 +121,14 @@ class LogNormal(TimeLaw):
     Args:
         mean: of ln(σ/α); the paper's −1.2.
         std: above 0; the paper's 1.2.
-        interpolant: the path; an objective puts its own in its place.
+        interpolant: the path whose noise levels these are; None is the objective's own, linear where there is none.
     """
 
-    def __init__(self, mean: float = -1.2, std: float = 1.2, *, interpolant: InterpolantSpec = "linear") -> None:
+    def __init__(self, mean: float = -1.2, std: float = 1.2, *, interpolant: InterpolantSpec | None = None) -> None:
         _check_normal(mean, std)
         self.mean, self.std = mean, std
-        self.interpolant: Interpolant = paths.build(interpolant)
+        self.interpolant: Interpolant = paths.build("linear" if interpolant is None else interpolant)
+        self._named = interpolant is not None
 
     def quantile(self, u: Tensor) -> Tensor:
         """Return the time at which σ/α is exp(mean + std·Φ⁻¹(u))."""
@@ -143,8 +141,8 @@ class LogNormal(TimeLaw):
         return _normal_density(z) * at.wronskian / (at.alpha * at.sigma * self.std)
 
     def bind(self, interpolant: Interpolant) -> TimeLaw:
-        """Return the law of the same noise levels on another path."""
-        return LogNormal(self.mean, self.std, interpolant=interpolant)
+        """Return the law of the same noise levels on the objective's path, unless this one was built with a path."""
+        return self if self._named else LogNormal(self.mean, self.std, interpolant=interpolant)
 
 
 @registry.register("mode")
@@ -216,100 +214,3 @@ class UShaped(TimeLaw):
     def density(self, t: Tensor) -> Tensor:
         """Return a·cosh(2a·(t − ½))/sinh a."""
         return self.a * torch.cosh(2 * self.a * (t - 0.5)) / math.sinh(self.a)
-
-
-@registry.register("shifted")
-class Shifted(TimeLaw):
-    """t = a·s/(1 + (a − 1)·s), s of another law: logit t = logit s + ln a (arXiv:2403.03206, Eq. 23).
-
-    Above 1 towards noise. Programs whose clock runs from noise to data state 1/a; see ``interpolants.clocks.shift``.
-
-    Args:
-        law: of s.
-        shift: a, above 0.
-        dimension: in its place, the number of values of a sample, C·H·W: a = √(dimension/base).
-        base: dimension at which there is no shift; 4096, that of a 4×32×32 latent.
-
-    Raises:
-        InputError: neither or both of shift and dimension, or one that is not above 0.
-    """
-
-    def __init__(
-        self,
-        law: TimeLawSpec = "uniform",
-        shift: float | None = None,
-        dimension: int | None = None,
-        base: int | None = None,
-    ) -> None:
-        if (shift is None) == (dimension is None):
-            raise InputError(f"got shift {shift} and dimension {dimension}, expected one of the two")
-        if base is not None and dimension is None:
-            raise InputError(f"got base {base} beside a shift, which does not use it; leave it out, or give dimension")
-        value = (
-            shift if shift is not None else math.sqrt(max(0, dimension or 0) / max(1, 4096 if base is None else base))
-        )
-        if not 0 < value < math.inf:
-            raise InputError(f"got a shift of {value}, expected a finite number above 0; 1 is none")
-        self.law: TimeLaw = registry.build(law)
-        self.shift = float(value)
-
-    def quantile(self, u: Tensor) -> Tensor:
-        """Return the law's quantile, shifted."""
-        s = self.law.quantile(u)
-        return self.shift * s / (1 + (self.shift - 1) * s)
-
-    def density(self, t: Tensor) -> Tensor:
-        """Return the law's density at s = t/(a − (a − 1)·t) times ds/dt."""
-        below = self.shift - (self.shift - 1) * t
-        return self.law.density(t / below) * self.shift / below.square()
-
-    def sample(self, draws: BoundDraws) -> Tensor:
-        """Return the law's times, shifted."""
-        s = self.law.sample(draws)
-        return self.shift * s / (1 + (self.shift - 1) * s)
-
-    def bind(self, interpolant: Interpolant) -> TimeLaw:
-        """Bind the law below."""
-        return Shifted(self.law.bind(interpolant), self.shift)
-
-
-@registry.register("stratified")
-class Stratified(TimeLaw):
-    """The same law with less variance: of every ``strata`` samples in a row, one falls into each stratum of the law.
-
-    A sample's stratum is a function of (seed, sample id) alone, so that batch size and devices change nothing.
-
-    Args:
-        law: any.
-        strata: number of strata, 2 or more; best a divisor of the batch size.
-    """
-
-    def __init__(self, law: TimeLawSpec = "uniform", strata: int = 64) -> None:
-        if strata < 2:
-            raise InputError(f"got strata {strata}, expected 2 or more")
-        self.law: TimeLaw = registry.build(law)
-        self.strata = strata
-
-    def quantile(self, u: Tensor) -> Tensor:
-        """Return the law's."""
-        return self.law.quantile(u)
-
-    def density(self, t: Tensor) -> Tensor:
-        """Return the law's."""
-        return self.law.density(t)
-
-    def sample(self, draws: BoundDraws) -> Tensor:
-        """Return (N,) times; strata are dealt anew for every ``strata`` ids and every counter."""
-        ids = np.asarray(draws.ids)
-        blocks, places = ids // self.strata, ids % self.strata
-        dealt = np.empty(len(ids))
-        for block in np.unique(blocks):
-            order = draws.draws.permutation(f"time strata {draws.counter}", self.strata, counter=int(block))
-            mine = blocks == block
-            dealt[mine] = order[places[mine]]
-        u = (torch.from_numpy(dealt) + draws.uniform("time").double()) / self.strata
-        return self.law.quantile(u).float().clamp(0, 1)
-
-    def bind(self, interpolant: Interpolant) -> TimeLaw:
-        """Bind the law below."""
-        return Stratified(self.law.bind(interpolant), self.strata)

@@ -117,6 +117,23 @@ def test_shifts_by_dimension():
     assert times.build("shifted", dimension=4 * 64 * 64, base=4 * 32 * 32).shift == pytest.approx(2)
 
 
+def test_a_lognormal_law_keeps_the_path_it_is_built_with():
+    """The law's own path is no option to be lost: σ/α of vp is log-normal, whatever path the objective has."""
+    vp, linear = interpolants.build("vp"), interpolants.build("linear")
+    law = times.build("lognormal", mean=-0.4, std=0.5, interpolant="vp").bind(linear)
+    at = vp.evaluate(law.sample(Draws(1).at(range(COUNT))).double())
+    assert stats.kstest((((at.sigma / at.alpha).log() + 0.4) / 0.5).numpy(), "norm").statistic < 1.95 / COUNT**0.5
+
+
+@given(shift=st.floats(1e-3, 1e3))
+def test_shifted_times_stay_in_the_interval(shift):
+    """In float32 a·1/(1 + (a − 1)·1) may be 1.000001; a law far in the noise draws such ends."""
+    far = {"name": "logit-normal", "mean": 17.0}
+    for law in (far, {"name": "logit-normal", "mean": -60.0, "std": 30.0}):
+        t = times.build("shifted", law=law, shift=shift).sample(Draws(0).at(range(50)))
+        assert bool(((t >= 0) & (t <= 1)).all())
+
+
 @pytest.mark.parametrize("strata", [4, 16])
 def test_every_stratum_is_hit_once(strata):
     law = times.build("stratified", law="logit-normal", strata=strata)
@@ -150,9 +167,13 @@ def test_bad_laws():
         ("shifted", dict(shift=2.0, dimension=4096), "expected one of the two"),
         ("shifted", dict(shift=0.0), "got a shift of 0"),
         ("shifted", dict(shift=math.inf), "got a shift of inf"),
-        ("shifted", dict(dimension=-4), "got a shift of 0"),
+        ("shifted", dict(dimension=-4), "got dimension -4 and base 4096"),
+        ("shifted", dict(dimension=64, base=0), "got dimension 64 and base 0"),
         ("shifted", dict(shift=2.0, base=1024), "got base 1024 beside a shift"),
         ("stratified", dict(strata=1), "got strata 1"),
+        ("stratified", dict(strata=2.5), "got strata 2.5, expected a whole number"),
+        ("stratified", dict(law={"name": "stratified", "strata": 8}), "set strata once"),
+        ("stratified", dict(law={"name": "shifted", "law": "stratified", "shift": 2.0}), "set strata once"),
     ):
         with pytest.raises(InputError, match=message):
             times.build(name, **options)
