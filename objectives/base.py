@@ -23,7 +23,7 @@ from pathline.interpolants.couplings import CouplingSpec
 from pathline.objectives import times as time_laws
 from pathline.objectives.times import TimeLawSpec
 
-__all__ = ["Loss", "Objective", "registry", "squared_error"]
+__all__ = ["Loss", "Objective", "backbone_attribute", "registry", "squared_error"]
 
 
 class Loss(NamedTuple):
@@ -112,12 +112,15 @@ class Objective(ABC):
         draws = draws or Draws.from_torch().at(range(len(data)))
         self._check(backbone, data, draws, conditions)
         noise = draws.normal("noise", data.shape[1:]).to(data) if source is None else self._source(source, data)
+        if coupling_condition is not None and _ignores_conditions(self.coupling):
+            raise InputError(
+                f"got a coupling_condition for the coupling {type(self.coupling).__name__}, which does not use it; "
+                "leave it out, or use 'conditional'"
+            )
         if not isinstance(self.coupling, couplings.Independent):
             label = conditions.get("label")
             pairing = self.coupling.pair(data, noise, label=label, condition=coupling_condition, draws=draws)
             noise = noise[pairing.indices.to(noise.device)]
-        elif coupling_condition is not None:
-            raise InputError("got a coupling_condition for independent pairs, which do not use it; leave it out")
         kept = self._drop_labels(backbone, draws, conditions)
         return self.loss(backbone, data, noise, draws, tuple(features), kept)
 
@@ -160,9 +163,9 @@ class Objective(ABC):
             raise InputError(f"got draws for {len(draws)} samples beside {len(data)}; bind one sample id a sample")
         if data.device.type == "cpu":
             check_finite(data, "data")
-        label, num_classes = conditions.get("label"), _attribute(backbone, "num_classes")
+        label, num_classes = conditions.get("label"), backbone_attribute(backbone, "num_classes")
         if label is not None and num_classes is not None:
-            check_labels(label, len(data), num_classes, null=_attribute(backbone, "null_label") is not None)
+            check_labels(label, len(data), num_classes, null=backbone_attribute(backbone, "null_label") is not None)
 
     def _drop_labels(self, backbone: nn.Module, draws: BoundDraws, conditions: Mapping[str, Any]) -> dict[str, Any]:
         """Replace labels by the null label with the probability label_dropout (arXiv:2207.12598)."""
@@ -170,7 +173,7 @@ class Objective(ABC):
         label = kept.get("label")
         if label is None or not self.label_dropout:
             return kept
-        null = _attribute(backbone, "null_label")
+        null = backbone_attribute(backbone, "null_label")
         if null is None:
             raise InputError(
                 f"got labels and label_dropout {self.label_dropout} for a backbone without a null label; "
@@ -194,6 +197,13 @@ def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
     return (prediction.to(precision) - target).square().flatten(1).mean(1)
 
 
-def _attribute(backbone: nn.Module, name: str) -> Any:
+def _ignores_conditions(coupling: couplings.Coupling) -> bool:
+    """Whether a coupling of the core pairs without a look at conditions; of others nothing is known."""
+    if isinstance(coupling, couplings.ClassConditional):
+        return _ignores_conditions(coupling.within)
+    return type(coupling) in (couplings.Independent, couplings.Exact, couplings.Partial, couplings.Sinkhorn)
+
+
+def backbone_attribute(backbone: nn.Module, name: str) -> Any:
     """Read a backbone's attribute, through a data-parallel wrapper if there is one."""
     return getattr(backbone, name, getattr(getattr(backbone, "module", None), name, None))

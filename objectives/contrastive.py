@@ -12,7 +12,7 @@ from pathline.core.draws import BoundDraws
 from pathline.core.errors import InputError
 from pathline.interpolants.base import Interpolant
 from pathline.interpolants.couplings import CouplingSpec
-from pathline.objectives.base import Loss, Objective, registry, squared_error
+from pathline.objectives.base import Loss, Objective, backbone_attribute, registry, squared_error
 from pathline.objectives.times import TimeLawSpec
 
 __all__ = ["Contrastive"]
@@ -77,6 +77,5 @@ class Contrastive(Objective):
 
     def _kept(self, backbone: nn.Module, conditions: Mapping[str, Any], error: Tensor) -> Tensor:
         """Return 0 for samples whose label is the null label, 1 for others, (N,)."""
-        null, label = getattr(backbone, "null_label", None), conditions.get("label")
-        null = getattr(getattr(backbone, "module", None), "null_label", None) if null is None else null
+        null, label = backbone_attribute(backbone, "null_label"), conditions.get("label")
         return torch.ones_like(error) if null is None or label is None else (label != null).to(error)

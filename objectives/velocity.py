@@ -40,13 +40,14 @@ class Regression(Objective):
         cosine: weight, 0 or more, of 1 − cos(prediction, target) over each sample (arXiv:2501.01423, 4.2).
         weighting: weight of the loss along the path; see ``objectives.weightings``.
         wanted_times: a second law: the loss is weighted by its density over that of ``times``, so that its expectation
-            is the one under ``wanted_times`` while times are drawn by ``times``.
+            is the one under ``wanted_times`` while times are drawn by ``times``, which must reach half of its mass or
+            more.
         interval: (low, high) in t; a law's times are mapped into it. None takes the path's ``training_interval``, all
             of [0, 1] but for margins at open ends.
 
     Raises:
-        InputError: options out of range or without effect, an interval that reaches an open end, or a weight that is
-            infinite in it.
+        InputError: options out of range or without effect, an interval that reaches an open end, a weight that is
+            infinite in it, or ``times`` that hardly ever come where ``wanted_times`` are.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class Regression(Objective):
         self.wanted_times: TimeLaw | None = None
         if wanted_times is not None:
             self.wanted_times = time_laws.build(wanted_times).bind(interpolant)
+            _check_trade(self.times, self.wanted_times)
         self.weights = {self.predicts: 1.0} | ({"cosine": cosine} if cosine else {})
 
     def check_path(self) -> None:
@@ -129,8 +131,7 @@ class Regression(Objective):
         t = self.times.sample(draws)
         importance = torch.ones_like(t)
         if self.wanted_times is not None:
-            inside = t.double().clamp(1e-7, 1 - 1e-7)  # where densities are defined
-            importance = (self.wanted_times.density(inside) / self.times.density(inside)).float()
+            importance = _importance(self.times, self.wanted_times, t).float()
         low, high = self.interval
         return low + (high - low) * t, importance
 
@@ -229,6 +230,26 @@ class Drift(Regression):
             raise InputError(f"got the {name} path, without latent noise; use the objective 'velocity'")
 
 
+def _importance(drawn: TimeLaw, wanted: TimeLaw, t: Tensor) -> Tensor:
+    """Return the ratio of densities at times (N,), in float64."""
+    inside = t.double().clamp(1e-7, 1 - 1e-7)  # where densities are defined
+    return wanted.density(inside) / drawn.density(inside)
+
+
+def _check_trade(drawn: TimeLaw, wanted: TimeLaw) -> None:
+    """Raise InputError if one law cannot stand for the other: if the mean of the weights is far from 1, or infinite.
+
+    The mean is taken at 4,096 quantiles in place of as many draws.
+    """
+    u = (torch.arange(4096, dtype=torch.float64) + 0.5) / 4096
+    mean = float(_importance(drawn, wanted, drawn.quantile(u)).mean())
+    if not 0.5 < mean < 2:
+        raise InputError(
+            f"got times {type(drawn).__name__} for wanted_times {type(wanted).__name__}, with weights of mean "
+            f"{mean:.3g} in 4,096 draws, expected about 1; draw by a wider law, or by wanted_times itself"
+        )
+
+
 def _huber(prediction: Tensor, target: Tensor, delta: float) -> Tensor:
     precision = torch.promote_types(prediction.dtype, torch.float32)
     error = functional.huber_loss(prediction.to(precision), target.to(precision), reduction="none", delta=delta)
@@ -240,11 +261,15 @@ def _checked_interval(interpolant: Interpolant, kind: str, interval: tuple[float
     low, high = interpolant.training_interval(kind)
     if interval is None:
         return low, high
-    if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
-        raise InputError(f"got interval {tuple(interval)}, expected (low, high) with 0 <= low < high <= 1")
-    if (low > 0 and interval[0] == 0) or (high < 1 and interval[1] == 1):
+    try:
+        first, last = (float(end) for end in interval)
+    except (TypeError, ValueError):
+        raise InputError(f"got interval {interval!r}, expected (low, high) with 0 <= low < high <= 1") from None
+    if not 0 <= first < last <= 1:
+        raise InputError(f"got interval {first, last}, expected (low, high) with 0 <= low < high <= 1")
+    if (low > 0 and first == 0) or (high < 1 and last == 1):
         raise InputError(
-            f"got interval {tuple(interval)}, and the {type(interpolant).__name__} path has no {kind} at one of its "
+            f"got interval {first, last}, and the {type(interpolant).__name__} path has no {kind} at one of its "
             f"ends; keep away from it, as ({low:g}, {high:g}) does"
         )
-    return float(interval[0]), float(interval[1])
+    return first, last

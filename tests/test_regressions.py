@@ -150,6 +150,16 @@ def test_times_keep_to_their_interval():
     assert type(bound.interpolant).__name__ == "VariancePreserving"
 
 
+@pytest.mark.parametrize("drawn", [{"name": "logit-normal"}, {"name": "lognormal", "mean": -0.4}, "cosmap"], ids=str)
+def test_a_traded_law_of_unbounded_density_ratio_is_taken(drawn):
+    """Laws that vanish at an end can stand for the uniform one; what they miss is what no draw can reach."""
+    objective = build("velocity", times=drawn, wanted_times="uniform")
+    t, weights = objective.draw_times(Draws(5).at(range(200_000)))
+    inside = (t > 0.05) & (t < 0.95)
+    share = (weights * inside).double()
+    assert abs(float(share.mean()) - 0.9) < 4 * float(share.std()) / math.sqrt(len(t))
+
+
 # --- couplings and sources -------------------------------------------------------------------------------------------
 
 
@@ -253,6 +263,7 @@ def test_contrastive_minimum_is_shifted_as_its_docstring_says():
         ("velocity", "linear", dict(cosine=-1), "got cosine -1"),
         ("velocity", "linear", dict(interval=(0.5, 0.2)), "expected .low, high. with 0 <= low < high <= 1"),
         ("velocity", "linear", dict(interval=(0.5,)), "expected .low, high."),
+        ("velocity", "linear", dict(interval=0.5), "got interval 0.5, expected .low, high."),
         ("velocity", "linear", dict(interval=(math.nan, 1)), "expected .low, high."),
         ("velocity", "vp", dict(interval=(0.0, 1.0)), "VariancePreserving path has no velocity at one of its ends"),
         ("score", "linear", dict(interval=(0.0, 0.9)), "Linear path has no score at one of its ends"),
@@ -260,6 +271,18 @@ def test_contrastive_minimum_is_shifted_as_its_docstring_says():
         ("noise", "linear", dict(weighting="velocity"), "infinite at t = 1; keep the objective's interval away"),
         ("velocity", "linear", dict(weighting="sigma-sqrt"), "infinite at t = 0"),
         ("velocity", "bridge", dict(weighting="min-snr"), "weighting on a path with latent noise"),
+        (
+            "velocity",
+            "linear",
+            dict(times={"name": "logit-normal", "mean": -30.0, "std": 0.5}, wanted_times="u-shaped"),
+            "got times LogitNormal for wanted_times UShaped, with weights of mean .*e.[0-9]+ in 4,096 draws",
+        ),
+        (
+            "velocity",
+            "linear",
+            dict(times={"name": "logit-normal", "std": 0.01}, wanted_times="uniform"),
+            "with weights of mean 0.0[0-9]+ in 4,096 draws, expected about 1",
+        ),
         ("drift", "linear", {}, "got the Linear path, without latent noise; use the objective 'velocity'"),
         ("score", "two-ended", {}, "no known score"),
         ("data", "bridge", {}, "got data from a predicted noise on a path with latent noise"),
@@ -285,8 +308,13 @@ def test_bad_batches():
         two(network, data, draws, source=data * math.nan)
     with pytest.raises(InputError, match="got a source on the Linear path, whose other end is Gaussian noise"):
         build("velocity")(network, data, draws, source=data)
-    with pytest.raises(InputError, match="got a coupling_condition for independent pairs"):
-        build("velocity")(network, data, draws, coupling_condition=data)
+    blind = {"Independent": "independent", "Exact": "exact", "Partial": "partial", "Sinkhorn": "sinkhorn"}
+    for said, coupling in (*blind.items(), ("ClassConditional", "class-conditional")):
+        with pytest.raises(InputError, match=f"a coupling_condition for the coupling {said}, which does not use it"):
+            build("velocity", coupling=coupling)(network, data, draws, coupling_condition=data)
+    inner = {"name": "class-conditional", "within": "conditional"}  # uses both
+    paired, label = build("velocity", coupling=inner), torch.tensor([0, 1, 0, 1])
+    assert bool(paired(Listener(), data, draws, label=label, coupling_condition=data).total.isfinite())
     with pytest.raises(InputError, match="got no labels for the coupling 'class-conditional'"):
         build("velocity", coupling="class-conditional")(network, data, draws)
     with pytest.raises(InputError, match="the noise objective does not use"):
