@@ -21,9 +21,11 @@ from pathline import objectives, solvers
 from pathline.backbones.layers import math_attention
 from pathline.core.draws import BoundDraws
 from pathline.core.errors import InputError
+from pathline.core.flow import BaseFlow
 from pathline.interpolants.base import Interpolant, broadcast
 from pathline.interpolants.couplings import CouplingSpec
 from pathline.objectives import Loss, Objective
+from pathline.objectives.base import squared_error
 from pathline.objectives.times import TimeLawSpec
 from pathline.solvers.base import FixedStep, Run
 from pathline.solvers.grids import GridSpec
@@ -51,7 +53,8 @@ class MeanFlowObjective(Objective):
             samples, as in many dimensions. In few it shifts the minimum: use 0, the plain sum of squares.
         epsilon: of the adaptive weight, above 0; the paper's 1e-3.
         derivative: ``jvp``, forward-mode differentiation through the plain attention kernel, exact; or
-            ``finite-difference``, central along (v, 1), two more network calls without gradients and any kernel.
+            ``finite-difference``, central along (v, 1), two more network calls without gradients and any kernel;
+            one-sided within ``step`` of r and of 1, so that the network is called at times in [r, 1] alone.
         step: of the finite difference in t, in (0, 0.1]; None means 5e-3. Only with it.
 
     Raises:
@@ -105,11 +108,10 @@ class MeanFlowObjective(Objective):
         r, t = (time.to(data.device) for time in self.draw_times(draws))
         x, v = (f(data, noise, t) for f in (self.interpolant.interpolate, self.interpolant.velocity))
         u, rate = self.derive(backbone, x, v.to(x), t, r, conditions)
-        target = v.float() - broadcast(t - r, x) * rate.detach().float()
-        squares = (u.float() - target).square().flatten(1)
-        total = squares.sum(1)
+        mean = squared_error(u + broadcast(t - r, x) * rate.detach(), v)  # Δ = u − target
+        total = mean * v[0].numel()
         weighted = total / (total.detach() + self.epsilon) ** self.power
-        return self.combine({"mean-flow": weighted}, {"velocity": squares.mean(1)}, t)
+        return self.combine({"mean-flow": weighted}, {"velocity": mean}, t)
 
     def draw_times(self, draws: BoundDraws) -> tuple[Tensor, Tensor]:
         """Draw (r, t), each (N,) on the host, r ≤ t."""
@@ -140,9 +142,11 @@ class MeanFlowObjective(Objective):
             with math_attention():
                 u, rate, *_ = jvp(average, (x, t), (v, torch.ones_like(t)))
             return u, rate
+        ahead, behind = (1 - t).clamp(max=self.step), (t - r).clamp(max=self.step)
         with torch.no_grad():
-            ahead, behind = (average(x + sign * self.step * v, t + sign * self.step) for sign in (1, -1))
-        return average(x, t), (ahead - behind) / (2 * self.step)
+            later, earlier = (average(x + broadcast(step, x).to(x) * v, t + step) for step in (ahead, -behind))
+        length = broadcast(ahead + behind, x).clamp(min=1e-12)  # 0 at r = t = 1, where the rate has no weight
+        return average(x, t), (later - earlier) / length
 
 
 @solvers.register("mean-flow")
@@ -158,7 +162,8 @@ class MeanFlow(FixedStep):
         end: see ``Solver``; before ``start``, since averages run from noise to data.
 
     Raises:
-        InputError: an end after the start.
+        InputError: an end after the start; in a solve, a flow that predicts anything but a velocity, as ``Rescheduled``
+            and ``SplitFlow`` do: a gap is a length of time on the clock of the path trained on.
     """
 
     order = 1
@@ -169,6 +174,15 @@ class MeanFlow(FixedStep):
         super().__init__(steps, grid=grid, start=start, end=end)
         if end > start:
             raise InputError(f"got start {start} and end {end}; average velocities run from noise to data, end < start")
+
+    def check(self, flow: BaseFlow, x: Tensor, increments: Tensor | None) -> None:
+        """Check that the flow predicts velocities, on the path that it was trained on."""
+        if flow.predicts != "velocity":
+            raise InputError(
+                f"got a {type(flow).__name__} that predicts {flow.predicts}, expected average velocities on the path "
+                "they were trained on; use Flow(backbone, interpolant), or another solver"
+            )
+        super().check(flow, x, increments)
 
     def step(self, run: Run, x: Tensor, number: int, t: float, t_next: float) -> Tensor:
         """Take one step."""

@@ -7,12 +7,13 @@ import math
 import pytest
 import torch
 
-from pathline import Draws, Flow, InputError, backbones, interpolants, objectives, solvers
+from pathline import Draws, Flow, InputError, Rescheduled, backbones, interpolants, objectives, solvers
 from pathline.solvers import guidance
 from pathline.testing import GaussianMixture, check_backbone, check_objective
 
 LINEAR = interpolants.build("linear")
 MEAN, STD = 1.5, 0.4
+IMAGES = dict(input_size=4, patch_size=2, in_channels=1, hidden_size=16, num_heads=2, depth=2, num_classes=3)
 
 
 def moments(path, t):
@@ -55,12 +56,36 @@ def test_the_exact_average_is_its_own_target(path, derivative):
     assert torch.allclose(u[0], v[0])
 
 
-@pytest.mark.parametrize("name", ["mlp", "sit"])
+@pytest.mark.parametrize("derivative", ["jvp", "finite-difference"])
+def test_the_exact_average_is_stationary_in_expectation(derivative):
+    """The loss uses the samples' own velocities; their mean given x is the flow's, so that no direction leads down."""
+    count, exact = 20_000, average(LINEAR)
+    along = torch.zeros(4, count, dtype=torch.float64, requires_grad=True)  # one weight a sample: gradients a sample
+
+    def moved(x, t, gap):
+        directions = torch.stack((torch.ones_like(x), x, gap[:, None], t[:, None].sin()))[..., 0]
+        return exact(x, t, gap) + (along * directions).sum(0)[:, None]
+
+    data = MEAN + STD * Draws(5).normal("data", range(count), (1,)).double()
+    step = 1e-3 if derivative != "jvp" else None
+    objective = build(share=1.0, power=0.0, times="uniform", derivative=derivative, step=step)
+    loss = objective(backbones.wrap(moved), data, Draws(6).at(range(count)))
+    loss.terms["mean-flow"].sum().backward()
+    errors = along.grad.mean(1) / (along.grad.std(1) / math.sqrt(count))
+    assert float(errors.abs().max()) < 4  # standard errors
+    shifted = objective(backbones.wrap(lambda x, t, gap: moved(x, t, gap) + 0.1), data, Draws(6).at(range(count)))
+    along.grad = None
+    shifted.terms["mean-flow"].sum().backward()
+    assert float(along.grad[0].mean() / (along.grad[0].std() / math.sqrt(count))) > 8  # a wrong average is seen
+
+
+@pytest.mark.parametrize("name", ["mlp", "sit", "deepflow"])
 def test_jvp_and_differences_agree_on_networks(name):
     """Also through attention; and the gradient of the loss flows through u alone."""
     options = {
         "mlp": dict(dim=3, hidden_size=16),
-        "sit": dict(input_size=4, patch_size=2, in_channels=1, hidden_size=16, num_heads=2, depth=2, num_classes=3),
+        "sit": IMAGES,
+        "deepflow": dict(**IMAGES, cuts=(1,), acceleration_width=5),
     }[name]
     network = backbones.build(name, **options, takes_gap=True).double()
     for p in network.parameters():
@@ -77,7 +102,32 @@ def test_jvp_and_differences_agree_on_networks(name):
     float_network = network.float()
     loss = build(label_dropout=0.0)(float_network, x.float(), Draws(0).at(range(5)), **given)
     loss.total.backward()
-    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in float_network.parameters())
+    silent = ("middle_head", "acceleration_head")  # of DeepFlow's first branch, which one velocity does not ask
+    called = [p.grad for key, p in float_network.named_parameters() if not key.startswith(silent)]
+    assert all(grad is not None and bool(grad.isfinite().all()) for grad in called)
+
+
+def test_differences_stay_between_r_and_the_end():
+    """Up to the ends, 0 and 1, and at r = t, the network is called at 0 ≤ r ≤ t ≤ 1 alone; the rate is finite."""
+    seen = []
+
+    def network(x, t, gap):
+        seen.append((t, gap))
+        return x * t[:, None] ** 2 + 3 * gap[:, None]
+
+    t = torch.tensor([0.0, 1e-4, 0.5, 0.5, 0.5, 0.9999, 1.0, 1.0], dtype=torch.float64)
+    r = torch.tensor([0.0, 0.0, 0.5, 0.4999, 0.2, 0.3, 0.4, 1.0], dtype=torch.float64)
+    x, v = torch.randn(2, 8, 3, dtype=torch.float64)
+    objective = build(derivative="finite-difference", step=1e-3)
+    _, rate = objective.derive(backbones.wrap(network), x, v, t, r, {})
+    assert len(seen) == 3
+    for time, gap in seen:
+        assert float(time.min()) >= 0 and float(time.max()) <= 1 and float(gap.min()) > -1e-15
+    truth = v * t[:, None] ** 2 + 2 * x * t[:, None] + 3
+    weighted = (t - r)[:, None] * (rate - truth)
+    central = 4  # the one sample with room on both sides
+    assert bool(rate.isfinite().all()) and float(weighted.abs().max()) < 1e-2  # one-sided: of first order in the step
+    assert float(weighted[central].abs().max()) < 1e-5
 
 
 def test_loss_by_hand():
@@ -104,8 +154,25 @@ def test_loss_by_hand():
     check_objective(build(), backbone=network)
 
 
-def test_two_times_are_independent_draws_of_the_law():
-    objective, count = build(share=1.0, times="uniform"), 100_000
+@pytest.mark.parametrize("derivative", ["jvp", "finite-difference"])
+def test_precision_and_shapes(derivative):
+    """float64 stays float64; a prediction of another shape is refused, not broadcast."""
+    network, data, draws = backbones.build("mlp", dim=3, takes_gap=True), torch.randn(5, 3), Draws(0).at(range(5))
+    objective = build(derivative=derivative, power=0.0)
+    wide, narrow = objective(network.double(), data.double(), draws), objective(network.float(), data, draws)
+    assert wide.total.dtype == torch.float64 and narrow.total.dtype == torch.float32
+    tolerance = 1e-5 if derivative == "jvp" else 1e-2  # differences of float32 values
+    assert torch.allclose(wide.total.float(), narrow.total, rtol=tolerance)
+    for cut in (lambda x: x[:, :1], lambda x: torch.cat((x, x), 1)):
+        with pytest.raises(
+            InputError, match=r"got a prediction of shape \(5, [16]\) from the backbone, expected \(5, 3\)"
+        ):
+            objective(backbones.wrap(lambda x, t, gap, cut=cut: cut(x)), data, draws)
+
+
+@pytest.mark.parametrize("name", ["uniform", "stratified"])
+def test_two_times_are_independent_draws_of_the_law(name):
+    objective, count = build(share=1.0, times=name), 100_000
     r, t = objective.draw_times(Draws(1).at(range(count)))
     assert float(t.mean()) == pytest.approx(2 / 3, abs=0.005)  # the larger and the smaller of two uniform draws
     assert float(r.mean()) == pytest.approx(1 / 3, abs=0.005)
@@ -178,6 +245,11 @@ def test_bad_solves():
         solvers.build("mean-flow", start=0.0, end=1.0)
     with pytest.raises(InputError, match="takes_gap=True"):
         solvers.build("mean-flow")(Flow(backbones.build("mlp"), LINEAR), torch.zeros(2, 2))
+    network, noise = backbones.wrap(average(LINEAR)), torch.randn(3, 1)
+    other = Rescheduled(Flow(network, LINEAR), interpolants.build("trigonometric"))
+    for flow, kind in ((other, "data"), (Flow(network, LINEAR, "noise"), "noise")):
+        with pytest.raises(InputError, match=f"predicts {kind}, expected average velocities on the path"):
+            solvers.build("mean-flow")(flow, noise)
 
 
 # --- two objectives end to end ---------------------------------------------------------------------------------------
