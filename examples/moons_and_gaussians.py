@@ -90,9 +90,9 @@ def draw(panels: dict[str, tuple[Tensor, float]], output: Path) -> None:
 
     figure, axes = pyplot.subplots(2, 3, figsize=(12, 8))
     for axis, (name, (trajectory, ratio)) in zip(axes.flat, panels.items(), strict=True):
-        axis.plot(*trajectory[:, :150].unbind(-1), color="0.7", linewidth=0.5)
+        axis.plot(*trajectory[:, :150].numpy().transpose(2, 0, 1), color="0.7", linewidth=0.5)
         for points, color in ((trajectory[0], "tab:blue"), (trajectory[-1], "tab:red")):
-            axis.scatter(*points.T, s=2, color=color)
+            axis.scatter(*points.numpy().T, s=2, color=color)
         axis.set_title(f"{name}: {ratio:.2f} × optimal transport")
         axis.set_aspect("equal")
         axis.axis("off")
