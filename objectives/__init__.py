@@ -1,10 +1,9 @@
-"""Training objectives, by name; laws of time in ``objectives.times``, weights in ``objectives.weightings``."""
+"""Training objectives, by name; laws of time in ``times`` and ``derived_times``, weights in ``weightings``."""
 
-from pathline.objectives import times, weightings
+from pathline.objectives import derived_times, times, weightings
 from pathline.objectives.alignment import Alignment
 from pathline.objectives.base import Loss, Objective, registry
 from pathline.objectives.contrastive import Contrastive
-from pathline.objectives.derived_times import Shifted, Stratified
 from pathline.objectives.velocity import Data, Drift, Noise, Regression, Score, Velocity
 
 register, build, names = registry.register, registry.build, registry.names
@@ -19,10 +18,9 @@ __all__ = [
     "Objective",
     "Regression",
     "Score",
-    "Shifted",
-    "Stratified",
     "Velocity",
     "build",
+    "derived_times",
     "names",
     "register",
     "registry",
