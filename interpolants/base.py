@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 Kind = Literal["velocity", "score", "noise", "data"]
-KINDS: tuple[str, ...] = get_args(Kind)
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 _ENDS = (0.0, 1.0)
 _ZERO = 1e-12  # cos(π/2) is 6e-17 in float64

@@ -299,7 +299,7 @@ class SolverScheduler:
         self._position += 1
         try:
             handed = self._solve.receive()
-        except Exception:
+        except Exception:  # whatever the solve raised goes on to the caller, once its thread has ended
             self._give_up()
             raise
         last = self._position == len(self._times)

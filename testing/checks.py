@@ -254,7 +254,9 @@ def _check_motion(path: Interpolant, data: Tensor, noise: Tensor, z: Tensor | No
     def at(t: Tensor) -> Tensor:
         alpha, sigma, _, _ = (broadcast(c, data) for c in path.evaluate(t))
         x = alpha * data + sigma * noise
-        return x if z is None else x + broadcast(path.latent(t).gamma, data) * z  # type: ignore[attr-defined]
+        if z is None or not isinstance(path, Stochastic):
+            return x
+        return x + broadcast(path.latent(t).gamma, data) * z
 
     x, velocity, *_ = jvp(at, (t,), (torch.ones_like(t),))
     _close(path.interpolate(*given[:2], t, *given[2:]), x, 1e-12, "interpolate")
@@ -274,7 +276,7 @@ def _check_conversions(path: Interpolant, data: Tensor, noise: Tensor, t: Tensor
     for source in kinds:
         _close(path.target(source, data, noise, t), truth[source], 1e-10, f"target {source}")
         for target in kinds:
-            converted = path.convert(truth[source], x, t, source=source, target=target)  # type: ignore[arg-type]
+            converted = path.convert(truth[source], x, t, source=source, target=target)
             _close(converted, truth[target], 1e-9, f"{target} from {source}")
 
 
@@ -301,13 +303,13 @@ def _check_end(path: Interpolant, end: float) -> None:
             if end in ends:
                 _raises(path, noise, data, t, source, target)
                 continue
-            converted = path.convert(noise, data, t, source=source, target=target)  # type: ignore[arg-type]
+            converted = path.convert(noise, data, t, source=source, target=target)
             assert bool(converted.isfinite().all()), f"{target} from {source} at t = {end:g}, a closed end: not finite"
             if source == "score" or path.latent_noise:
                 continue  # the noise of a finite score at data is 0, of this one −σ·score
             near = t + (1e-12 if end == 0 else -1e-12)
             x, truth = _truths(path, data, noise, near)
-            converted = path.convert(truth[source], x, t, source=source, target=target)  # type: ignore[arg-type]
+            converted = path.convert(truth[source], x, t, source=source, target=target)
             _close(converted, truth[target], 1e-4, f"{target} from {source} at t = {end:g}")
 
 
