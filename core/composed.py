@@ -5,6 +5,7 @@ N samples; S the shape of one sample.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from pathline.core.errors import InputTypeError
 from pathline.core.flow import BaseFlow, Conditions, Flow, Mix, Prediction, check_path
-from pathline.interpolants.base import Interpolant, Kind, broadcast
+from pathline.interpolants.base import Coefficients, Interpolant, Kind, broadcast
 from pathline.interpolants.bridge import Stochastic
 
 __all__ = ["Rescheduled", "SplitFlow"]
@@ -36,6 +37,10 @@ class PairPrediction(Prediction):
         data, noise = self.pair
         return PairPrediction(mix(data), mix(noise), x, t, self.interpolant)
 
+    def affine(self, weights: Mapping[Kind, float], at: Callable[[], Coefficients]) -> None:
+        """Return None: two values make this prediction."""
+        return None
+
 
 class SplitPrediction(Prediction):
     """A prediction on a path with latent noise: its drift, and z. Velocity = drift + γ'·z, score = −z/γ."""
@@ -56,6 +61,10 @@ class SplitPrediction(Prediction):
     def mixed(self, mix: Mix, x: Tensor, t: Tensor) -> Prediction:
         """See ``Prediction``."""
         return SplitPrediction(mix(self.drift), mix(self.value), x, t, self.path)
+
+    def affine(self, weights: Mapping[Kind, float], at: Callable[[], Coefficients]) -> None:
+        """Return None: two values make this prediction."""
+        return None
 
 
 class Rescheduled(BaseFlow):
@@ -90,6 +99,15 @@ class Rescheduled(BaseFlow):
     def given(self, **conditions: Any) -> Rescheduled:
         """See ``BaseFlow``."""
         return Rescheduled(self.flow.given(**conditions), self.interpolant)
+
+    def begin(self) -> Rescheduled:
+        """See ``BaseFlow``."""
+        return Rescheduled(self.flow.begin(), self.interpolant)
+
+    @property
+    def remembers(self) -> bool:
+        """See ``BaseFlow``."""
+        return self.flow.remembers
 
     def check(self, x: Tensor, conditions: Conditions) -> None:
         """See ``BaseFlow``."""

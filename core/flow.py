@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,26 @@ class Prediction:
     def mixed(self, mix: Mix, x: Tensor, t: Tensor) -> Prediction:
         """Return the prediction at (x, t) whose raw values are ``mix`` of these; for guidance, which is affine."""
         return Prediction(mix(self.value), x, t, self.interpolant, self.kind)
+
+    def affine(self, weights: Mapping[Kind, float], at: Callable[[], Coefficients]) -> tuple[float, float] | None:
+        """Return (p, q) such that Σ weight·quantity = p·x + q·value, for solvers that update a state at once.
+
+        Args:
+            weights: quantity -> its weight in the sum.
+            at: gives the path's coefficients at t as numbers; called where they are needed.
+
+        Returns:
+            None for a prediction that is made of more than one value.
+        """
+        p = q = 0.0
+        for target, weight in weights.items():
+            if target == self.kind:
+                q += weight
+            elif weight:
+                zero, one = cast(Tensor, 0.0), cast(Tensor, 1.0)
+                p += weight * float(self.interpolant.derive(zero, one, at(), self.kind, target))
+                q += weight * float(self.interpolant.derive(one, zero, at(), self.kind, target))
+        return p, q
 
     @cached_property
     def velocity(self) -> Tensor:
@@ -90,6 +110,15 @@ class BaseFlow(ABC):
     @abstractmethod
     def given(self, **conditions: Any) -> BaseFlow:
         """Return this flow with conditions bound, as ``flow.given(label=labels)``."""
+
+    def begin(self) -> BaseFlow:
+        """Return this flow at the start of a trajectory: itself, but for one that remembers earlier calls."""
+        return self
+
+    @property
+    def remembers(self) -> bool:
+        """Whether an evaluation depends on earlier ones of the trajectory, as guidance with momentum does."""
+        return False
 
     def open_ends(self, target: str) -> tuple[float, ...]:
         """List the ends of [0, 1] at which ``target`` cannot be had from what this flow predicts.
@@ -164,14 +193,19 @@ class Flow(BaseFlow):
         """Call the network in its own precision; the prediction comes back in x's."""
         dtype = self._network_dtype
         precision = torch.promote_types(dtype, torch.float32) if dtype else x.dtype
-        times = t.to(x.device, precision).expand(len(x))
-        value = self.backbone(x if dtype is None else x.to(dtype), times, **{**self._bound, **conditions})
+        if t.ndim == 0 and t.device.type == "cpu":
+            times = torch.full((len(x),), float(t), dtype=precision, device=x.device)
+        else:
+            times = t.to(x.device, precision).expand(len(x))
+        given = x if dtype in (None, x.dtype) else x.to(dtype)
+        value: Tensor = self.backbone(given, times, **{**self._bound, **conditions})
         if value.shape != x.shape:
             raise InputError(
                 f"got a prediction of shape {tuple(value.shape)} from the backbone, expected {tuple(x.shape)}"
             )
         self._calls[0] += 1
-        return Prediction(value.to(x.dtype), x, t, self.interpolant, self.predicts)
+        value = value if value.dtype == x.dtype else value.to(x.dtype)
+        return Prediction(value, x, t, self.interpolant, self.predicts)
 
     @cached_property
     def _network_dtype(self) -> torch.dtype | None:

@@ -5,11 +5,12 @@ N samples; S the shape of one sample. Times are float64 on the host; the state k
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from pathline.core.draws import Draws
 from pathline.core.errors import InputError, InputTypeError, OpenEndError, SolverError
 from pathline.core.flow import BaseFlow, Prediction
 from pathline.core.registry import Registry
-from pathline.interpolants.base import Kind
+from pathline.interpolants.base import Coefficients, Kind
 from pathline.solvers import grids
 from pathline.solvers.grids import GridSpec
 
@@ -33,7 +34,8 @@ class Solution:
     Attributes:
         x: samples, (N, *S).
         nfe: network calls; a guided call on a doubled batch is one.
-        times: the times at which the network was called, float64.
+        times: the times at which the network was called, float64, (nfe,); (nfe, N) from a solver that gives each sample
+            times of its own.
         seed: of the noise drawn on the way; the same whether the solver draws any or not.
         trajectory: states at the grid points, both ends included, (steps + 1, N, *S); None unless asked for.
     """
@@ -47,7 +49,11 @@ class Solution:
 
 @dataclass
 class Run:
-    """One solve under way: the flow, its conditions, and what is recorded."""
+    """One solve under way: the flow, its conditions, and what is recorded.
+
+    States are updated in place unless gradients are asked for, and no output of the network is kept over another call:
+    a network may return the same buffer every time.
+    """
 
     flow: BaseFlow
     conditions: dict[str, Any]
@@ -56,13 +62,69 @@ class Run:
     increments: Tensor | None = None
     progress: bool = False
     careful: bool = False
-    times: list[float] = field(default_factory=list)
+    gradients: bool = False
+    times: list[float | Tensor] = field(default_factory=list)
     states: list[Tensor] | None = None
+    _coefficients: dict[float, Coefficients] = field(default_factory=dict)
 
     def predict(self, x: Tensor, t: float) -> Prediction:
         """Call the network once at one time for all samples."""
         self.times.append(t)
-        return self.flow.evaluate(x, torch.tensor(t, dtype=torch.float64), self.conditions)
+        return self.flow.evaluate(x, torch.scalar_tensor(t, dtype=torch.float64), self.conditions)
+
+    def at(self, t: float) -> Coefficients:
+        """Return the path's coefficients at t as numbers, computed once a solve."""
+        if t not in self._coefficients:
+            self.prepare([t])
+        return self._coefficients[t]
+
+    def prepare(self, times: Sequence[float]) -> None:
+        """Compute the coefficients of many times at once."""
+        table = self.flow.interpolant.evaluate(torch.tensor(times, dtype=torch.float64))
+        rows = zip(*(values.tolist() for values in table), strict=True)
+        self._coefficients.update(zip(times, (Coefficients(*row) for row in rows), strict=True))
+
+    def combine(self, x: Tensor, prediction: Prediction, t: float, keep: float = 1.0, **weights: float) -> Tensor:
+        """Return keep·x + Σ weight·quantity of a prediction at x, in place: two operations where it is one value.
+
+        Args:
+            x: the state, at which ``prediction`` was made at time ``t``.
+            keep: weight of x itself.
+            weights: as ``velocity=dt`` or ``score=…``.
+        """
+        form = prediction.affine(cast("dict[Kind, float]", weights), lambda: self.at(t))
+        if form is None:
+            parts = [(getattr(prediction, kind), weight) for kind, weight in weights.items()]
+            x = self.scale(x, keep)
+            for value, weight in parts:
+                x = self.add(x, value, weight)
+            return x
+        return self.add(self.scale(x, keep + form[0]), prediction.value, form[1])
+
+    def quantity(self, prediction: Prediction, t: float, kind: Kind) -> Tensor:
+        """Return one quantity of a prediction in memory of its own."""
+        form = prediction.affine({kind: 1.0}, lambda: self.at(t))
+        if form is None:
+            return cast(Tensor, getattr(prediction, kind)).clone()
+        if form[0] == 0:
+            return prediction.value.mul(form[1])
+        return prediction.x.mul(form[0]).add_(prediction.value, alpha=form[1])
+
+    def scale(self, x: Tensor, factor: float) -> Tensor:
+        """Return factor·x, in place."""
+        if factor == 1:
+            return x
+        return x.mul(factor) if self.gradients else x.mul_(factor)
+
+    def add(self, x: Tensor, value: Tensor, weight: float) -> Tensor:
+        """Return x + weight·value, in place."""
+        return x.add(value, alpha=weight) if self.gradients else x.add_(value, alpha=weight)
+
+    def normal(self, x: Tensor, number: int) -> Tensor:
+        """Return standard normal draw ``number`` of the solve, of x's shape and type."""
+        if self.increments is not None:
+            return self.increments[number].to(x)
+        return Draws(self.seed).normal("increments", self.sample_ids, x.shape[1:], counter=number).to(x)
 
     def steps(self, grid: Sequence[float]) -> Iterator[tuple[int, float, float]]:
         """Walk over (number, start, end) of each step of a grid."""
@@ -88,21 +150,33 @@ class Solver(ABC):
         end: last time, in [0, 1]; 0 (data) by default. Either direction.
 
     Attributes:
-        order: of convergence in the step length, weak for an SDE.
+        order: of convergence in the step length; for an SDE strong, with g a function of t alone.
         calls_per_step: network calls a step.
         evaluates_end: whether it calls the network at ``end``.
         needs: the quantities it asks a prediction for.
+        adaptive: whether it chooses its steps by an error estimate.
     """
 
-    order: ClassVar[int]
-    calls_per_step: ClassVar[int]
-    evaluates_end: ClassVar[bool]
+    order: float
+    calls_per_step: int
+    evaluates_end: bool
     needs: ClassVar[tuple[Kind, ...]] = ("velocity",)
+    adaptive: ClassVar[bool] = False
 
     def __init__(self, *, start: float = 1.0, end: float = 0.0) -> None:
         if not (0 <= start <= 1 and 0 <= end <= 1) or start == end:
             raise InputError(f"got start {start} and end {end}, expected two different times in [0, 1]")
         self.start, self.end = float(start), float(end)
+
+    def reversed(self) -> Self:
+        """Return this solver from ``end`` to ``start`` over the same steps: inversion, from data to noise.
+
+        Raises:
+            InputError: a method that runs one way alone.
+        """
+        other = copy.copy(self)
+        other.start, other.end = self.end, self.start
+        return other
 
     def __call__(self, flow: BaseFlow, x: Tensor, **keywords: Any) -> Tensor:
         """Return the samples of ``solve``, (N, *S)."""
@@ -118,9 +192,10 @@ class Solver(ABC):
         increments: Tensor | None = None,
         trajectory: bool = False,
         progress: bool = False,
+        gradients: bool = False,
         **conditions: Any,
     ) -> Solution:
-        """Integrate without gradients.
+        """Integrate.
 
         Args:
             flow: a ``Flow``, guided or not.
@@ -130,6 +205,7 @@ class Solver(ABC):
             increments: standard normal draws to use instead, (draws, N, *S); for checks on one Brownian path.
             trajectory: also return the state at every grid point.
             progress: show a progress bar.
+            gradients: keep the graph, so that the result can be differentiated; memory then grows with every call.
             conditions: named tensors for the backbone, as ``label`` of shape (N,).
 
         Raises:
@@ -147,14 +223,15 @@ class Solver(ABC):
             raise InputError(f"got {len(ids)} sample ids for {len(x)} samples; give one a sample")
         self.check(flow, x, increments)
         seed = Draws.from_torch().seed if seed is None else Draws(seed).seed
-        run = Run(flow, conditions, seed, ids, increments, progress, states=[] if trajectory else None)
+        run = Run(flow.begin(), conditions, seed, ids, increments, progress, gradients=gradients)
+        run.states = [] if trajectory else None
         calls = flow.nfe
-        with torch.no_grad():
+        with torch.set_grad_enabled(gradients):
             result = self.integrate(run, x.clone())
             if not bool(torch.isfinite(result).all()):
-                self._explain(run, x)
+                self._explain(flow, run, x)
         states = None if run.states is None else torch.stack(run.states)
-        return Solution(result, flow.nfe - calls, torch.tensor(run.times, dtype=torch.float64), seed, states)
+        return Solution(result, flow.nfe - calls, _stacked(run.times), seed, states)
 
     @abstractmethod
     def integrate(self, run: Run, x: Tensor) -> Tensor:
@@ -162,6 +239,11 @@ class Solver(ABC):
 
     def check(self, flow: BaseFlow, x: Tensor, increments: Tensor | None) -> None:
         """Check that solver, flow and increments fit one another, before any network call."""
+        if self.adaptive and flow.remembers:
+            raise InputError(
+                f"got a flow that depends on earlier calls for {type(self).__name__}, which rejects steps; use a "
+                "solver with given steps, or guidance without momentum"
+            )
         wanted = self.increments_shape(x)
         if increments is None:
             return
@@ -174,11 +256,20 @@ class Solver(ABC):
         """Shape of all normal draws of a solve, (draws, N, *S); None if it draws none."""
         return None
 
-    def _explain(self, run: Run, x: Tensor) -> None:
+    def _explain(self, flow: BaseFlow, run: Run, x: Tensor) -> None:
         """Run again with a check at every step, and raise at the first that fails."""
-        careful = Run(run.flow, run.conditions, run.seed, run.sample_ids, run.increments, careful=True)
-        self.integrate(careful, x.clone())
-        raise SolverError("the result is NaN or infinite, but not when run again", t=self.end, step=0, nfe=run.flow.nfe)
+        calls = flow.nfe
+        careful = Run(flow.begin(), run.conditions, run.seed, run.sample_ids, run.increments, careful=True)
+        self.integrate(careful, x.detach().clone())
+        raise SolverError(
+            "the result is NaN or infinite, but not when run again", t=self.end, step=0, nfe=flow.nfe - calls
+        )
+
+
+def _stacked(times: list[float | Tensor]) -> Tensor:
+    if any(isinstance(t, Tensor) for t in times):
+        return torch.stack([t.double().cpu() for t in times if isinstance(t, Tensor)])
+    return torch.tensor(times, dtype=torch.float64)
 
 
 registry: Registry[Solver] = Registry("solver", "solvers", Solver)
@@ -205,12 +296,25 @@ class FixedStep(Solver):
     def _checked(self, times: Tensor) -> list[float]:
         gaps = times.diff()
         monotone = bool((gaps > 0).all()) or bool((gaps < 0).all())
-        if times.shape != (self.steps + 1,) or not monotone or times.min() < 0 or times.max() > 1:
+        ends = torch.tensor([self.start, self.end], dtype=torch.float64)
+        fits = times.shape == (self.steps + 1,) and torch.allclose(times[[0, -1]], ends, rtol=0, atol=1e-9)
+        if not fits or not monotone or times.min() < 0 or times.max() > 1:
             raise InputError(
                 f"got a grid of {times.numel()} points that does not go from {self.start:g} to {self.end:g} in "
                 f"{self.steps} strictly monotone steps within [0, 1]"
             )
-        return [float(t) for t in times]
+        return [self.start, *times[1:-1].tolist(), self.end]
+
+    @property
+    def calls(self) -> int:
+        """Network calls of a solve, a guided one on a doubled batch counted once."""
+        return self.steps * self.calls_per_step
+
+    def reversed(self) -> Self:
+        """See ``Solver``."""
+        other = super().reversed()
+        other.times = self.times[::-1]
+        return other
 
     def check(self, flow: BaseFlow, x: Tensor, increments: Tensor | None) -> None:
         """Check that the path has what the solver needs at every time that it evaluates."""
@@ -226,6 +330,7 @@ class FixedStep(Solver):
 
     def integrate(self, run: Run, x: Tensor) -> Tensor:
         """Walk over the grid with ``step``."""
+        run.prepare(self.times)
         run.visit(x, self.times[0], 0)
         for number, t, t_next in run.steps(self.times):
             x = self.step(run, x, number, t, t_next)
