@@ -162,7 +162,12 @@ def check_guidance(build: Callable[..., Guidance], *, path: Interpolant | None =
     """Check a guidance ``build(scale=…)`` on the exact flow of two labelled Gaussians.
 
     Scale 1 is the conditional model, bit for bit; each evaluation is counted; labels bound before and after give the
-    same; per-sample results do not depend on the batch.
+    same; per-sample results do not depend on the batch, nor a trajectory on another.
+
+    Args:
+        build: as ``functools.partial(guidance.build, "classifier-free")``; what acts on another flow beside, as
+            ``autoguidance`` does, gets one on ``path`` that differs from these Gaussians'.
+        path: None takes the linear one.
 
     Raises:
         AssertionError: what differs.
@@ -183,7 +188,14 @@ def check_guidance(build: Callable[..., Guidance], *, path: Interpolant | None =
     assert guided.shape == x.shape and bool(guided.isfinite().all()), f"velocity of shape {tuple(guided.shape)}"
     assert not torch.allclose(guided, plain), "scale 2 changes nothing"
     _close(on.given(label=label)(x, t).velocity, guided, 0.0, "velocity with bound labels")
+    bound = build(scale=2.0)(flow.given(label=label))
+    _close(bound(x, t).velocity, guided, 0.0, "velocity with labels bound before")
     _close(on(x[2:4], t, label=label[2:4]).velocity, guided[2:4], 1e-6, "velocity in a smaller batch")
+    alone, beside, other = on.begin(), on.begin(), on.begin()
+    for time in (0.9, 0.6, 0.3):
+        wanted = alone(x, time, label=label).velocity
+        other(x[1:4], time, label=label[1:4])
+        _close(beside(x, time, label=label).velocity, wanted, 0.0, "velocity beside another trajectory")
 
 
 def check_backbone(backbone: nn.Module, *, label: bool | None = None) -> None:

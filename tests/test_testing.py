@@ -205,18 +205,31 @@ def test_solvers_of_the_registry(name):
     check_solver(partial(solvers.build, name), steps=200)
 
 
+GUIDED = {"apg": dict(momentum=-0.5, norm=2.0), "cfg-zero": dict(rescale=0.7)}
+
+
+@pytest.mark.parametrize("path", ["linear", "trigonometric"])
 @pytest.mark.parametrize("name", guidance.names())
-def test_guidance_of_the_registry(name):
-    check_guidance(partial(guidance.build, name))
-    check_guidance(partial(guidance.build, name), path=interpolants.build("trigonometric"))
+def test_guidance_of_the_registry(name, path):
+    path = interpolants.build(path)
+    weak = GaussianMixture([[0.5, 0.5], [-0.5, 1.0]], [0.9, 0.7], labels=[0, 1]).flow(path)
+    options = dict(weak=weak) if name == "autoguidance" else {}
+    check_guidance(partial(guidance.build, name, **options), path=path)
+    check_guidance(partial(guidance.build, name, interval=(0.2, 0.8), **options, **GUIDED.get(name, {})), path=path)
 
 
-def test_a_wrong_guidance_is_found():
+def test_a_wrong_guidance_is_found(monkeypatch):
     build = guidance.registry.entry("classifier-free").factory
     with pytest.raises(AssertionError, match="velocity at scale 1"):
         check_guidance(lambda scale: build(scale=scale + 0.1))
     with pytest.raises(AssertionError, match="scale 2 changes nothing"):
         check_guidance(lambda scale: build(scale=1.0))
+    momentum = partial(guidance.build, "apg", momentum=-0.5)
+    check_guidance(momentum)
+    past = guidance.base.Past()
+    monkeypatch.setattr(guidance.flows, "Past", lambda: past)  # one memory for all trajectories
+    with pytest.raises((AssertionError, RuntimeError), match="beside another trajectory"):
+        check_guidance(momentum)
 
 
 def test_a_wrong_backbone_is_found():
