@@ -205,6 +205,71 @@ def test_every_byte_comes_back():
     assert to_uint8(torch.tensor([-9.0, 9.0, 0.0]).reshape(3, 1, 1, 1)).reshape(-1).tolist() == [0, 255, 128]
 
 
+@pytest.fixture(scope="module")
+def small(run, tmp_path_factory):
+    """A weaker model: half as deep, trained for three steps."""
+    folder = tmp_path_factory.mktemp("weak")
+    (folder / "c.yaml").write_text(CONFIGURATION.replace("depth: 2", "depth: 1"))
+    words = [f"train.folder={folder / 'run'}", "train.steps=3", "train.seed=5"]
+    assert train([str(folder / "c.yaml"), *words]) == 0
+    return folder / "run"
+
+
+def test_autoguidance_by_a_weaker_run(run, small, tmp_path):
+    """r + w(m − r) of both runs' averages, by Heun's method written out; a folder and a checkpoint name the same."""
+    networks = []
+    for folder, depth, step in ((run, 2, 6), (small, 1, 3)):
+        sizes = dict(input_size=8, patch_size=4, in_channels=1, hidden_size=12, depth=depth, num_heads=3)
+        networks.append(backbones.build("sit", **sizes, num_classes=10))
+        networks[-1].load_state_dict(load_file(folder / "checkpoints" / f"step-00000000{step}" / "ema.safetensors"))
+    labels = torch.arange(23) % 10
+
+    @torch.no_grad()
+    def velocity(x, t):
+        m, r = (network(x, torch.full((23,), t), label=labels) for network in networks)
+        return r + 2.5 * (m - r)
+
+    x = Draws(3).normal("initial noise", range(23), (1, 8, 8))
+    for t, t_next in ((1.0, 0.5), (0.5, 0.0)):
+        first = velocity(x, t)
+        x = x + (t_next - t) * (first + velocity(x + (t_next - t) * first, t_next)) / 2
+    levels = np.rint(127.5 * x.clamp(-1, 1).double().numpy() + 127.5).transpose(0, 2, 3, 1)
+    checkpoint = small / "checkpoints" / "step-000000003"
+    for weak in (small, checkpoint):
+        words = (*HEUN, "guidance.0.name=autoguidance", f"guidance.0.weak={weak}", "guidance.0.scale=2.5")
+        images, _ = drawn(run, tmp_path / "out.npz", *words, "sample.batch=7")
+        difference = np.abs(images.astype(float) - levels)
+        assert difference.max() <= 1 and (difference > 0).mean() < 0.01
+        record = json.loads((tmp_path / "out.json").read_text())
+        assert record["nfe"] == 8 and record["guidance"][0]["weak"] == str(checkpoint)
+        weights = (checkpoint / "ema.safetensors").read_bytes()
+        assert record["weak_checkpoints"] == [
+            {"name": "step-000000003", "weights_sha256": hashlib.sha256(weights).hexdigest()}
+        ]
+
+
+def test_one_scale_a_sample_has_a_name_of_its_own(run):
+    words = ("sample.count=3", "solver.steps=2", "guidance.0.scale=[1.5, 4, 2]")
+    assert main([str(run), *words]) == 0
+    assert (run / "samples-euler-2-classifier-free-1.5-to-4-seed-0.npz").exists()
+
+
+def test_weak_models_that_do_not_fit(run, small, tmp_path, capsys):
+    auto = ("guidance.0.name=autoguidance", "guidance.0.scale=2")
+    (tmp_path / "c.yaml").write_text(
+        CONFIGURATION.replace("objective: velocity", "interpolant: cosine\nobjective: velocity")
+    )
+    assert train([str(tmp_path / "c.yaml"), f"train.folder={tmp_path / 'run'}", "train.steps=1"]) == 0
+    for words, said in (
+        (auto, "guidance.0.weak: missing, 'autoguidance' needs it"),
+        ((*auto, f"guidance.0.weak={tmp_path / 'nowhere'}"), "guidance.0.weak: got"),
+        ((*auto, f"guidance.0.weak={tmp_path / 'run'}"), "the Trigonometric path beside one on the Linear path"),
+    ):
+        assert main([str(run), *words]) == 2
+        printed = capsys.readouterr().err
+        assert said in printed and "Traceback" not in printed
+
+
 def test_the_network_is_that_of_the_library(run):
     """A user can load the weights without the scripts."""
     network = backbones.build(

@@ -15,10 +15,13 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from pathline import backbones, interpolants, objectives
 from pathline.core import overrides
 from pathline.core.config import Configuration, resolve
 from pathline.core.draws import Draws
-from pathline.core.errors import ConfigurationError
+from pathline.core.errors import ConfigurationError, PathlineError
+from pathline.core.flow import BaseFlow, Flow
+from pathline.solvers.guidance import Autoguidance
 from pathline.training import checkpoints
 from pathline.training.parts import Parts, build
 from pathline.training.pictures import ROUNDING, save_grid, to_uint8
@@ -46,6 +49,9 @@ class Drawn:
 def load(path: Path, words: Sequence[str]) -> tuple[Configuration, Parts]:
     """Return the configuration of a checkpoint with words applied, and its components with the averaged weights.
 
+    Where guidance names a weak model by the folder of its run, or by a checkpoint, its averaged weights are loaded too,
+    and the configuration names the checkpoint.
+
     Raises:
         CheckpointError: damaged, or weights that do not fit.
         ConfigurationError: words that do not fit, or that change what was trained.
@@ -60,16 +66,51 @@ def load(path: Path, words: Sequence[str]) -> tuple[Configuration, Parts]:
     output = configuration.sample.output
     if output is not None and not output.endswith(".npz"):
         raise ConfigurationError(f"got sample.output {output}, expected a name that ends in .npz")
-    parts = build(configuration)
-    checkpoints.check_tensors(parts.backbone.state_dict(), snapshot.tensors["ema"], "weights")
-    parts.backbone.load_state_dict(dict(snapshot.tensors["ema"]))
-    parts.backbone.eval()
+    configuration, loaded = _with_weak_models(configuration)
+    parts = replace(build(loaded), configuration=configuration)
+    _load_average(parts.backbone, snapshot)
     return configuration, parts
+
+
+def _with_weak_models(configuration: Configuration) -> tuple[Configuration, Configuration]:
+    """Return the configuration with weak models named by their checkpoints, and the same with the models instead."""
+    named, loaded = [], []
+    for number, item in enumerate(configuration.guidance):
+        named.append(item)
+        loaded.append(item)
+        if isinstance(item.get("weak"), str):
+            try:
+                checkpoint = checkpoints.find(Path(item["weak"]))
+                loaded[-1] = {**item, "weak": _weak_flow(checkpoint)}
+            except PathlineError as error:
+                raise ConfigurationError(f"guidance.{number}.weak: {error}") from error
+            named[-1] = {**item, "weak": str(checkpoint)}
+    return configuration.model_copy(update={"guidance": named}), configuration.model_copy(update={"guidance": loaded})
+
+
+def _weak_flow(checkpoint: Path) -> Flow:
+    """Return the flow of a checkpoint's averaged weights, on the path that it was trained on."""
+    snapshot = checkpoints.read(checkpoint)
+    trained = resolve(snapshot.state["configuration"])
+    interpolant = interpolants.build(trained.interpolant)
+    objective = objectives.build(trained.objective, interpolant=interpolant)
+    backbone = backbones.build(trained.backbone)
+    _load_average(backbone, snapshot)
+    return Flow(backbone, interpolant, objective.predicts)  # type: ignore[arg-type]  # checked there
+
+
+def _load_average(backbone: nn.Module, snapshot: checkpoints.Snapshot) -> None:
+    checkpoints.check_tensors(backbone.state_dict(), snapshot.tensors["ema"], "weights")
+    backbone.load_state_dict(dict(snapshot.tensors["ema"]))
+    backbone.eval()
 
 
 def draw(configuration: Configuration, parts: Parts, device: torch.device) -> Drawn:
     """Draw the samples that the section ``sample`` asks for; sample i is a function of (seed, i)."""
     wanted, network = configuration.sample, parts.backbone.to(device)
+    for guide in parts.guidance:
+        if isinstance(guide, Autoguidance):
+            (guide.weak.backbone if isinstance(guide.weak, BaseFlow) else guide.weak).to(device)
     labels = _labels(configuration, getattr(network, "num_classes", 0))
     drawn = solve(parts, network, labels, wanted.count, wanted.seed, wanted.batch, progress=True)
     return replace(drawn, labels=None) if wanted.labels == "none" else drawn
@@ -124,8 +165,12 @@ def default_name(configuration: Configuration) -> str:
     """Return a file name that tells solver, steps, guidance and seed, so that one drawing does not replace another."""
     solver = configuration.solver
     words = ["samples", solver["name"], solver.get("steps")]
-    words += [f"{item['name']}-{item['scale']:g}" for item in configuration.guidance if item.get("scale", 1) != 1]
+    words += [f"{item['name']}-{_scale(item['scale'])}" for item in configuration.guidance if item.get("scale", 1) != 1]
     return "-".join(str(word) for word in (*words, f"seed-{configuration.sample.seed}") if word is not None) + ".npz"
+
+
+def _scale(scale: float | list[float]) -> str:
+    return f"{min(scale):g}-to-{max(scale):g}" if isinstance(scale, list) else f"{scale:g}"
 
 
 def save(drawn: Drawn, configuration: Configuration, checkpoint: Path, output: Path, version: str) -> list[Path]:
@@ -143,10 +188,11 @@ def save(drawn: Drawn, configuration: Configuration, checkpoint: Path, output: P
 
 def _record(drawn: Drawn, configuration: Configuration, checkpoint: Path, version: str) -> dict[str, Any]:
     c = configuration.model_dump(mode="json")
-    weights = checkpoint / "ema.safetensors"
+    weak = [_identity(Path(item["weak"])) for item in configuration.guidance if "weak" in item]
     return {
         "version": version,
-        "checkpoint": {"name": checkpoint.name, "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest()},
+        "checkpoint": _identity(checkpoint),
+        **({"weak_checkpoints": weak} if weak else {}),
         "count": len(drawn.x),
         "seed": c["sample"]["seed"],
         "label_law": c["sample"]["labels"],
@@ -158,6 +204,11 @@ def _record(drawn: Drawn, configuration: Configuration, checkpoint: Path, versio
         "data": c["data"],
         "configuration": c,
     }
+
+
+def _identity(checkpoint: Path) -> dict[str, str]:
+    weights = (checkpoint / "ema.safetensors").read_bytes()
+    return {"name": checkpoint.name, "weights_sha256": hashlib.sha256(weights).hexdigest()}
 
 
 def _labels(configuration: Configuration, classes: int) -> Tensor | None:
