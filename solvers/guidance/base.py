@@ -18,7 +18,7 @@ from pathline.core.flow import BaseFlow
 from pathline.core.registry import Registry
 from pathline.interpolants.base import Kind, broadcast, check_kinds
 
-__all__ = ["Guidance", "Interval", "Moment", "PairGuidance", "Past", "Scale", "dot", "finite", "registry"]
+__all__ = ["Guidance", "Interval", "Moment", "PairGuidance", "Past", "Scale", "dot", "finite", "length", "registry"]
 
 Scale = float | Sequence[float] | Tensor
 Interval = tuple[float, float]
@@ -188,16 +188,23 @@ class PairGuidance(Guidance):
         guided = self.formula(strong, weak, at)
         if not self.rescale:
             return guided
-        wanted, came = (_rows(value).std(1, correction=0) for value in (strong, guided))
-        # arXiv:2305.08891, Eq. 15 and 16: g·std(c)/std(g), mixed with g; a constant g has nothing to be scaled by
+        # lengths about the mean: their ratio is that of the standard deviations, which are slower to come by
+        wanted, came = (length(_rows(value) - _rows(value).mean(1, keepdim=True)) for value in (strong, guided))
+        # arXiv:2305.08891, Eqs. 15 and 16: g·std(c)/std(g), mixed with g; a constant g has nothing to be scaled by
         ratio = torch.where(came > 0, wanted / came.clamp(min=torch.finfo(came.dtype).tiny), 1.0)
-        return guided * broadcast(self.rescale * ratio + (1 - self.rescale), guided)
+        return guided * broadcast((self.rescale * ratio + (1 - self.rescale)).reshape(-1), guided).to(guided.dtype)
 
 
 def dot(first: Tensor, second: Tensor) -> Tensor:
     """Return the inner product of each sample, float32 or wider, shaped to multiply x."""
     wide = torch.promote_types(first.dtype, torch.float32)
     return broadcast(torch.linalg.vecdot(_rows(first).to(wide), _rows(second).to(wide)), first)
+
+
+def length(value: Tensor) -> Tensor:
+    """Return the Euclidean norm of each sample, float32 or wider, shaped to multiply x."""
+    wide = torch.promote_types(value.dtype, torch.float32)
+    return broadcast(torch.linalg.vector_norm(_rows(value), dim=1, dtype=wide), value)
 
 
 def _rows(value: Tensor) -> Tensor:

@@ -102,8 +102,12 @@ class GuidedFlow(BaseFlow):
 
         if kind is None:
             return _mixed(strong, weak, mix, x, t)
+        if kind != strong.kind:  # the same for all three, of which two ask for them
+            weak.coefficients = strong.coefficients
         value = mix(getattr(strong, kind), getattr(weak, kind))
         guided = Prediction(value, x, t, self.interpolant, kind)
+        if kind != strong.kind:
+            guided.coefficients = strong.coefficients
         return _Chosen(guided, strong, active) if isinstance(active, Tensor) else guided
 
     @abstractmethod

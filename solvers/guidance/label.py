@@ -11,7 +11,7 @@ from torch import Tensor
 from pathline.core.errors import InputError
 from pathline.core.flow import BaseFlow
 from pathline.interpolants.base import Kind, broadcast
-from pathline.solvers.guidance.base import Interval, Moment, PairGuidance, Scale, dot, finite, registry
+from pathline.solvers.guidance.base import Interval, Moment, PairGuidance, Scale, dot, finite, length, registry
 from pathline.solvers.guidance.flows import LabelGuidedFlow
 
 __all__ = ["AdaptiveProjected", "CFGZero", "ClassifierFree", "LabelGuidance"]
@@ -122,7 +122,7 @@ class CFGZero(LabelGuidance):
         """See ``PairGuidance``."""
         if self.zero_above is not None and not at.t.ndim and float(at.t) > self.zero_above:
             return torch.zeros_like(strong)
-        fit = (dot(strong, weak) / (dot(weak, weak) + 1e-8)).to(weak.dtype)
+        fit = (dot(strong, weak) / (length(weak).square() + 1e-8)).to(weak.dtype)
         guided = torch.lerp(fit * weak, strong, at.scale)
         if self.zero_above is None or not at.t.ndim:
             return guided
@@ -183,11 +183,10 @@ class AdaptiveProjected(LabelGuidance):
         if self.momentum:
             difference = at.accumulate(difference, self.momentum)
         if self.norm is not None:
-            length = dot(difference, difference).sqrt()
-            difference = difference * (self.norm / length.clamp(min=self.norm)).to(difference.dtype)
+            difference = difference * (self.norm / length(difference).clamp(min=self.norm)).to(difference.dtype)
         more = at.scale - 1
         if self.eta == 1:
             return strong + more * difference
-        square = dot(strong, strong)
+        square = length(strong).square()
         share = torch.where(square > 0, dot(difference, strong) / square.clamp(min=torch.finfo(square.dtype).tiny), 0.0)
         return strong * (1 - more * (1 - self.eta) * share.to(strong.dtype)) + more * difference
