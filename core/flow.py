@@ -60,7 +60,7 @@ class Prediction:
         for target, weight in weights.items():
             if target == self.kind:
                 q += weight
-            elif weight:
+            else:
                 zero, one = cast(Tensor, 0.0), cast(Tensor, 1.0)
                 p += weight * float(self.interpolant.derive(zero, one, at(), self.kind, target))
                 q += weight * float(self.interpolant.derive(one, zero, at(), self.kind, target))

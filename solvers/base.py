@@ -65,6 +65,7 @@ class Run:
     gradients: bool = False
     times: list[float | Tensor] = field(default_factory=list)
     states: list[Tensor] | None = None
+    plan: Any = None
     _coefficients: dict[float, Coefficients] = field(default_factory=dict)
 
     def predict(self, x: Tensor, t: float) -> Prediction:
@@ -85,21 +86,33 @@ class Run:
         self._coefficients.update(zip(times, (Coefficients(*row) for row in rows), strict=True))
 
     def combine(self, x: Tensor, prediction: Prediction, t: float, keep: float = 1.0, **weights: float) -> Tensor:
-        """Return keep·x + Σ weight·quantity of a prediction at x, in place: two operations where it is one value.
+        """Return keep·x + Σ weight·quantity of a prediction, in place: two operations where it is one value.
 
         Args:
-            x: the state, at which ``prediction`` was made at time ``t``.
+            x: a state; in most uses the one at which ``prediction`` was made, at time ``t``.
             keep: weight of x itself.
             weights: as ``velocity=dt`` or ``score=…``.
         """
-        form = prediction.affine(cast("dict[Kind, float]", weights), lambda: self.at(t))
+        terms = {cast("Kind", kind): weight for kind, weight in weights.items() if weight}
+        form = prediction.affine(terms, lambda: self.at(t))
         if form is None:
-            parts = [(getattr(prediction, kind), weight) for kind, weight in weights.items()]
+            parts = [(getattr(prediction, kind), weight) for kind, weight in terms.items()]
             x = self.scale(x, keep)
             for value, weight in parts:
                 x = self.add(x, value, weight)
             return x
-        return self.add(self.scale(x, keep + form[0]), prediction.value, form[1])
+        if prediction.x is x:
+            x = self.scale(x, keep + form[0])
+        else:
+            x = self.scale(x, keep)
+            x = self.add(x, prediction.x, form[0]) if form[0] else x
+        return self.add(x, prediction.value, form[1])
+
+    def ahead(self, x: Tensor, prediction: Prediction, t: float, **weights: float) -> Tensor:
+        """Return x + Σ weight·quantity in memory of its own; x stays as it is."""
+        if [*weights] == [prediction.kind]:
+            return x.add(prediction.value, alpha=weights[prediction.kind])
+        return self.combine(x.clone(), prediction, t, **weights)
 
     def quantity(self, prediction: Prediction, t: float, kind: Kind) -> Tensor:
         """Return one quantity of a prediction in memory of its own."""
@@ -155,6 +168,7 @@ class Solver(ABC):
         evaluates_end: whether it calls the network at ``end``.
         needs: the quantities it asks a prediction for.
         adaptive: whether it chooses its steps by an error estimate.
+        one_way: whether it runs from noise to data alone, ``end`` before ``start``.
     """
 
     order: float
@@ -162,11 +176,20 @@ class Solver(ABC):
     evaluates_end: bool
     needs: ClassVar[tuple[Kind, ...]] = ("velocity",)
     adaptive: ClassVar[bool] = False
+    one_way: ClassVar[bool] = False
 
     def __init__(self, *, start: float = 1.0, end: float = 0.0) -> None:
         if not (0 <= start <= 1 and 0 <= end <= 1) or start == end:
             raise InputError(f"got start {start} and end {end}, expected two different times in [0, 1]")
         self.start, self.end = float(start), float(end)
+        self._check_direction()
+
+    def _check_direction(self) -> None:
+        if self.one_way and self.end > self.start:
+            raise InputError(
+                f"got start {self.start:g} and end {self.end:g}, but {type(self).__name__} runs from noise to data; "
+                "give an end below the start, or use 'heun', 'rk4' or 'dopri5'"
+            )
 
     def reversed(self) -> Self:
         """Return this solver from ``end`` to ``start`` over the same steps: inversion, from data to noise.
@@ -176,6 +199,7 @@ class Solver(ABC):
         """
         other = copy.copy(self)
         other.start, other.end = self.end, self.start
+        other._check_direction()
         return other
 
     def __call__(self, flow: BaseFlow, x: Tensor, **keywords: Any) -> Tensor:

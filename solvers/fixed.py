@@ -36,8 +36,8 @@ class Midpoint(FixedStep):
     def step(self, run: Run, x: Tensor, number: int, t: float, t_next: float) -> Tensor:
         """Take one step."""
         middle, dt = 0.5 * (t + t_next), t_next - t
-        half = run.combine(x.clone(), run.predict(x, t), t, velocity=0.5 * dt)
-        return run.add(x, run.predict(half, middle).velocity, dt)
+        half = run.ahead(x, run.predict(x, t), t, velocity=0.5 * dt)
+        return run.combine(x, run.predict(half, middle), middle, velocity=dt)
 
 
 @registry.register("heun")
@@ -53,11 +53,10 @@ class Heun(FixedStep):
 
     def step(self, run: Run, x: Tensor, number: int, t: float, t_next: float) -> Tensor:
         """Take one step."""
-        dt = t_next - t
-        first = run.predict(x, t).velocity
-        ahead = x.add(first, alpha=dt)
-        x = run.add(x, first, 0.5 * dt)
-        return run.add(x, run.predict(ahead, t_next).velocity, 0.5 * dt)
+        dt, first = t_next - t, run.predict(x, t)
+        ahead = run.ahead(x, first, t, velocity=dt)
+        x = run.combine(x, first, t, velocity=0.5 * dt)
+        return run.combine(x, run.predict(ahead, t_next), t_next, velocity=0.5 * dt)
 
 
 @registry.register("rk4")
@@ -75,8 +74,8 @@ class RK4(FixedStep):
         """Take one step."""
         dt, middle = t_next - t, 0.5 * (t + t_next)
         stage, total = x, x.clone()
-        for node, weight, ahead in ((t, 1 / 6, 0.5), (middle, 1 / 3, 0.5), (middle, 1 / 3, 1.0)):
-            slope = run.predict(stage, node).velocity
-            stage = x.add(slope, alpha=ahead * dt)
-            total = run.add(total, slope, weight * dt)
-        return run.add(total, run.predict(stage, t_next).velocity, dt / 6)
+        for node, weight, length in ((t, 1 / 6, 0.5), (middle, 1 / 3, 0.5), (middle, 1 / 3, 1.0)):
+            slope = run.predict(stage, node)
+            total = run.combine(total, slope, node, velocity=weight * dt)
+            stage = run.ahead(x, slope, node, velocity=length * dt)
+        return run.combine(total, run.predict(stage, t_next), t_next, velocity=dt / 6)

@@ -241,7 +241,7 @@ def test_bad_options(options, message):
 
 
 def test_bad_solves():
-    with pytest.raises(InputError, match="average velocities run from noise to data"):
+    with pytest.raises(InputError, match="MeanFlow runs from noise to data"):
         solvers.build("mean-flow", start=0.0, end=1.0)
     with pytest.raises(InputError, match="takes_gap=True"):
         solvers.build("mean-flow")(Flow(backbones.build("mlp"), LINEAR), torch.zeros(2, 2))

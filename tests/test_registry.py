@@ -154,6 +154,12 @@ def test_names_users_rely_on():
     assert trained <= set(objectives.names())
     paths = {"linear", "trigonometric", "vp", "polynomial", "linear-vp", "two-ended", "bridge", "stochastic"}
     assert paths <= set(interpolants.names())
-    assert {"euler", "heun", "euler-maruyama"} <= set(solvers.names())
-    assert solvers.guidance.names() == ["classifier-free"]
+    steps = {"euler", "heun", "midpoint", "rk4", "dopri5", "ab2", "ab3", "dpm++", "unipc", "euler-maruyama"}
+    steps |= {"stochastic-heun", "srk", "exponential", "predictor-corrector", "churn"}
+    assert steps <= set(solvers.names())
+    grids = {"uniform", "paper", "shifted", "dynamic-shift", "terminal", "edm", "custom"}
+    assert grids == set(solvers.grids.names())
+    diffusions = {"constant", "sbdm", "sigma", "linear", "decreasing", "increasing-decreasing"}
+    assert diffusions == set(solvers.diffusions.names())
+    assert {"classifier-free", "autoguidance", "cfg-zero", "apg"} == set(solvers.guidance.names())
     assert interpolants.registry.aliases()["rectified"] == "linear"

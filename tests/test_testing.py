@@ -202,7 +202,12 @@ def test_a_wrong_solver_is_found(solver):
 def test_solvers_of_the_registry(name):
     if name == "mean-flow":
         pytest.skip("needs a network of average velocities; see test_mean_flow.py")
-    check_solver(partial(solvers.build, name), steps=200)
+    entry = solvers.registry.entry(name)
+    extra = {"ode": {"method": "heun3"}, "exponential": {"eta": 0.0}}.get(name, {})
+    stepped = "grid" in entry.options()
+    inside = {"start": 0.9, "end": 0.2} if name in ("dpm++", "unipc") else {}  # where their orders are reached
+    build = partial(solvers.build, name, **extra, **inside)
+    check_solver(build, steps=200 if stepped else None, order_steps=(80, 240) if inside else (20, 80))
 
 
 GUIDED = {"apg": dict(momentum=-0.5, norm=2.0), "cfg-zero": dict(rescale=0.7)}

@@ -10,7 +10,6 @@ import torch
 
 from pathline import Flow, backbones, interpolants
 from pathline.interpolants import clocks
-from pathline.solvers import diffusions
 
 CASES = {"linear": "linear", "gvp": "trigonometric", "vp": "vp"}
 cases = pytest.mark.parametrize("case", CASES)
@@ -75,16 +74,6 @@ def test_drift_and_score_of_a_model(case, predicts, parity):
     prediction = Flow(backbones.wrap(model), path, predicts)(given["x"], ours(given["t"]))
     close(-prediction.velocity, wanted[f"model_{predicts}/ode_drift"], 1e-10)
     close(prediction.score, wanted[f"model_{predicts}/score"], 1e-10)
-
-
-@cases
-@pytest.mark.parametrize("norm", [1.0, 0.6])
-def test_diffusion_forms_that_paths_give(case, norm, parity):
-    """Theirs is g²/2. "linear" is ours by name; "sbdm" is the path's own."""
-    path, given, wanted, _ = load(parity, case)
-    t = ours(given["t_grid"])
-    close(diffusions.build("linear", norm=norm).squared(t, path) / 2, wanted[f"diffusion/linear/norm_{norm}"], 1e-10)
-    close(norm * path.own_diffusion(t) / 2, wanted[f"diffusion/sbdm/norm_{norm}"], 1e-10)
 
 
 @cases

@@ -18,7 +18,7 @@ from pathline.data import Dataset
 from pathline.interpolants import Interpolant
 from pathline.objectives import Objective
 from pathline.solvers import Solver, guidance
-from pathline.solvers.guidance import Guidance
+from pathline.solvers.guidance import Guidance, LabelGuidance
 
 __all__ = ["Parts", "build"]
 
@@ -119,7 +119,8 @@ def _cross_check(parts: Parts, problems: _Problems) -> None:
         problems.found.append(
             f"objective.label_dropout: got {parts.objective.label_dropout} for a backbone without a null label; use 0"
         )
-    if parts.configuration.guidance and (not classes or getattr(backbone, "null_label", None) is None):
+    by_label = any(isinstance(guide, LabelGuidance) for guide in parts.guidance)
+    if by_label and (not classes or getattr(backbone, "null_label", None) is None):
         problems.found.append("guidance: needs a backbone with classes and a null label; leave guidance out")
     elif not problems.found:
         problems.collect("objective", lambda: _check_objective(parts))
