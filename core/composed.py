@@ -5,7 +5,6 @@ N samples; S the shape of one sample.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from pathline.core.errors import InputTypeError
 from pathline.core.flow import BaseFlow, Conditions, Flow, Mix, Prediction, check_path
-from pathline.interpolants.base import Coefficients, Interpolant, Kind, broadcast
+from pathline.interpolants.base import Interpolant, Kind, broadcast
 from pathline.interpolants.bridge import Stochastic
 
 __all__ = ["Rescheduled", "SplitFlow"]
@@ -21,6 +20,8 @@ __all__ = ["Rescheduled", "SplitFlow"]
 
 class PairPrediction(Prediction):
     """A prediction made of data and noise: neither W nor 1/α is needed for a velocity."""
+
+    single = False
 
     def __init__(self, data: Tensor, noise: Tensor, x: Tensor, t: Tensor, interpolant: Interpolant) -> None:
         super().__init__(data, x, t, interpolant, "data")
@@ -37,13 +38,11 @@ class PairPrediction(Prediction):
         data, noise = self.pair
         return PairPrediction(mix(data), mix(noise), x, t, self.interpolant)
 
-    def affine(self, weights: Mapping[Kind, float], at: Callable[[], Coefficients]) -> None:
-        """Return None: two values make this prediction."""
-        return None
-
 
 class SplitPrediction(Prediction):
     """A prediction on a path with latent noise: its drift, and z. Velocity = drift + γ'·z, score = −z/γ."""
+
+    single = False
 
     def __init__(self, drift: Tensor, noise: Tensor, x: Tensor, t: Tensor, interpolant: Stochastic) -> None:
         super().__init__(noise, x, t, interpolant, "noise")
@@ -61,10 +60,6 @@ class SplitPrediction(Prediction):
     def mixed(self, mix: Mix, x: Tensor, t: Tensor) -> Prediction:
         """See ``Prediction``."""
         return SplitPrediction(mix(self.drift), mix(self.value), x, t, self.path)
-
-    def affine(self, weights: Mapping[Kind, float], at: Callable[[], Coefficients]) -> None:
-        """Return None: two values make this prediction."""
-        return None
 
 
 class Rescheduled(BaseFlow):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,12 @@ class Prediction:
     """What a network says at (x, t), as velocity, score, noise or data, each of shape (N, *S).
 
     Each is computed when first asked for, in x's precision.
+
+    Attributes:
+        single: whether ``value`` is all there is, so that any other kind is affine in it and x.
     """
+
+    single: ClassVar[bool] = True
 
     def __init__(self, value: Tensor, x: Tensor, t: Tensor, interpolant: Interpolant, kind: Kind = "velocity") -> None:
         self.value, self.x, self.t, self.interpolant, self.kind = value, x, t, interpolant, kind
@@ -54,8 +59,10 @@ class Prediction:
             at: gives the path's coefficients at t as numbers; called where they are needed.
 
         Returns:
-            None for a prediction that is made of more than one value.
+            None for a prediction that is not ``single``.
         """
+        if not self.single:
+            return None
         p = q = 0.0
         for target, weight in weights.items():
             if target == self.kind:
@@ -191,8 +198,8 @@ class Flow(BaseFlow):
 
     def evaluate(self, x: Tensor, t: Tensor, conditions: Conditions) -> Prediction:
         """Call the network in its own precision; the prediction comes back in x's."""
-        dtype = self._network_dtype
-        precision = torch.promote_types(dtype, torch.float32) if dtype else x.dtype
+        dtype, precision = self._network_types
+        precision = precision or x.dtype
         if t.ndim == 0 and t.device.type == "cpu":
             times = torch.full((len(x),), float(t), dtype=precision, device=x.device)
         else:
@@ -208,11 +215,12 @@ class Flow(BaseFlow):
         return Prediction(value, x, t, self.interpolant, self.predicts)
 
     @cached_property
-    def _network_dtype(self) -> torch.dtype | None:
-        """Precision of the backbone's parameters; None without parameters: the state's own."""
+    def _network_types(self) -> tuple[torch.dtype | None, torch.dtype | None]:
+        """Precision of the backbone's parameters and of its times; None without parameters: the state's own."""
         parameters = getattr(self.backbone, "parameters", None)
         floats = (p.dtype for p in parameters() if p.is_floating_point()) if parameters else iter(())
-        return next(floats, None)
+        dtype = next(floats, None)
+        return dtype, torch.promote_types(dtype, torch.float32) if dtype else None
 
 
 def check_path(interpolant: Any) -> Interpolant:

@@ -67,11 +67,15 @@ class Run:
     states: list[Tensor] | None = None
     plan: Any = None
     _coefficients: dict[float, Coefficients] = field(default_factory=dict)
+    _clock: dict[float, Tensor] = field(default_factory=dict)
 
     def predict(self, x: Tensor, t: float) -> Prediction:
         """Call the network once at one time for all samples."""
         self.times.append(t)
-        return self.flow.evaluate(x, torch.scalar_tensor(t, dtype=torch.float64), self.conditions)
+        time = self._clock.get(t)
+        if time is None:
+            time = torch.scalar_tensor(t, dtype=torch.float64)
+        return self.flow.evaluate(x, time, self.conditions)
 
     def at(self, t: float) -> Coefficients:
         """Return the path's coefficients at t as numbers, computed once a solve."""
@@ -81,7 +85,9 @@ class Run:
 
     def prepare(self, times: Sequence[float]) -> None:
         """Compute the coefficients of many times at once."""
-        table = self.flow.interpolant.evaluate(torch.tensor(times, dtype=torch.float64))
+        clock = torch.tensor(times, dtype=torch.float64)
+        self._clock.update(zip(times, clock.unbind(), strict=True))
+        table = self.flow.interpolant.evaluate(clock)
         rows = zip(*(values.tolist() for values in table), strict=True)
         self._coefficients.update(zip(times, (Coefficients(*row) for row in rows), strict=True))
 
@@ -93,6 +99,8 @@ class Run:
             keep: weight of x itself.
             weights: as ``velocity=dt`` or ``score=…``.
         """
+        if prediction.single and [*weights] == [prediction.kind]:
+            return self.add(self.scale(x, keep), prediction.value, weights[prediction.kind])
         terms = {cast("Kind", kind): weight for kind, weight in weights.items() if weight}
         form = prediction.affine(terms, lambda: self.at(t))
         if form is None:
@@ -110,7 +118,7 @@ class Run:
 
     def ahead(self, x: Tensor, prediction: Prediction, t: float, **weights: float) -> Tensor:
         """Return x + Σ weight·quantity in memory of its own; x stays as it is."""
-        if [*weights] == [prediction.kind]:
+        if prediction.single and [*weights] == [prediction.kind]:
             return x.add(prediction.value, alpha=weights[prediction.kind])
         return self.combine(x.clone(), prediction, t, **weights)
 
@@ -134,9 +142,10 @@ class Run:
         return x.add(value, alpha=weight) if self.gradients else x.add_(value, alpha=weight)
 
     def normal(self, x: Tensor, number: int) -> Tensor:
-        """Return standard normal draw ``number`` of the solve, of x's shape and type."""
+        """Return standard normal draw ``number`` of the solve, of x's shape and type, to be read alone."""
         if self.increments is not None:
-            return self.increments[number].to(x)
+            draw = self.increments[number]
+            return draw if draw.dtype == x.dtype and draw.device == x.device else draw.to(x)
         return Draws(self.seed).normal("increments", self.sample_ids, x.shape[1:], counter=number).to(x)
 
     def steps(self, grid: Sequence[float]) -> Iterator[tuple[int, float, float]]:
@@ -356,9 +365,11 @@ class FixedStep(Solver):
         """Walk over the grid with ``step``."""
         run.prepare(self.times)
         run.visit(x, self.times[0], 0)
+        watched = run.careful or run.states is not None
         for number, t, t_next in run.steps(self.times):
             x = self.step(run, x, number, t, t_next)
-            run.visit(x, t_next, number)
+            if watched:
+                run.visit(x, t_next, number)
         return x
 
     @abstractmethod

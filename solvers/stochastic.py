@@ -100,6 +100,7 @@ class StochasticStep(FixedStep):
         nodes = self.nodes()
         squared = self.diffusion.squared(torch.tensor(nodes, dtype=torch.float64), run.flow.interpolant)
         run.plan = dict(zip(nodes, squared.tolist(), strict=True))
+        run.prepare(nodes)
         return super().integrate(run, x)
 
     def step(self, run: Run, x: Tensor, number: int, t: float, t_next: float) -> Tensor:
@@ -213,15 +214,14 @@ class StochasticRungeKutta(StochasticStep):
         """Take one step."""
         dt, h, node = t_next - t, abs(t_next - t), _stage(t, t_next)
         g, g_next = math.sqrt(run.plan[t]), math.sqrt(run.plan[t_next])
-        increment = run.normal(x, 2 * number).mul(math.sqrt(h))
-        ratio = run.normal(x, 2 * number + 1).mul(math.sqrt(h / 12)).add_(increment, alpha=0.5)  # J/h
-        first = run.predict(x, t)
-        stage = run.ahead(x, first, t, velocity=0.75 * dt, score=0.375 * run.plan[t] * h).add_(
-            ratio, alpha=1.5 * g_next
-        )
-        x = run.combine(x, first, t, velocity=dt / 3, score=run.plan[t] * h / 6)
+        first, second = run.normal(x, 2 * number), run.normal(x, 2 * number + 1)
+        half, rest = 0.5 * math.sqrt(h), math.sqrt(h / 12)  # J/h = half·z₁ + rest·z₂, I = 2·half·z₁
+        start = run.predict(x, t)
+        stage = run.ahead(x, start, t, velocity=0.75 * dt, score=0.375 * run.plan[t] * h)
+        stage = run.add(run.add(stage, first, 1.5 * g_next * half), second, 1.5 * g_next * rest)
+        x = run.combine(x, start, t, velocity=dt / 3, score=run.plan[t] * h / 6)
         x = run.combine(x, run.predict(stage, node), node, velocity=2 * dt / 3, score=run.plan[node] * h / 3)
-        return run.add(run.add(x, increment, g_next), ratio, g - g_next)
+        return run.add(run.add(x, first, (g + g_next) * half), second, (g - g_next) * rest)
 
 
 def _stage(t: float, t_next: float) -> float:

@@ -203,7 +203,8 @@ class Churn(FixedStep):
 
     def integrate(self, run: Run, x: Tensor) -> Tensor:
         """Walk over the grid; where noise takes each step is known beforehand."""
-        run.plan = [self._raised(t, run.flow.interpolant) for t in self.times[:-1]]
+        run.plan = self._raised(run.flow.interpolant)
+        run.prepare(run.plan)
         return super().integrate(run, x)
 
     def step(self, run: Run, x: Tensor, number: int, t: float, t_next: float) -> Tensor:
@@ -222,11 +223,12 @@ class Churn(FixedStep):
         x = run.combine(x, first, later, velocity=0.5 * dt)
         return run.combine(x, run.predict(ahead, t_next), t_next, velocity=0.5 * dt)
 
-    def _raised(self, t: float, path: Interpolant) -> float:
-        """Return the time of a ratio of noise to data 1 + γ times as large, or t."""
+    def _raised(self, path: Interpolant) -> list[float]:
+        """Return for each step the time of a ratio of noise to data 1 + γ times as large, or its own time."""
         low, high = self.interval
-        gamma = min(self.churn / self.steps, math.sqrt(2) - 1) if low <= t <= high else 0.0
-        at = path.evaluate(torch.tensor(t, dtype=torch.float64))
-        if not gamma or at.alpha < 1e-12:
-            return t
-        return max(t, float(path.time_at(torch.atan((1 + gamma) * at.sigma / at.alpha))))
+        gamma = min(self.churn / self.steps, math.sqrt(2) - 1)
+        t = torch.tensor(self.times[:-1], dtype=torch.float64)
+        at = path.evaluate(t)
+        later = torch.maximum(t, path.time_at(torch.atan2((1 + gamma) * at.sigma, at.alpha)))
+        noisy = (t >= low) & (t <= high) & (at.alpha > 1e-12) & (gamma > 0)
+        return [float(time) for time in torch.where(noisy, later, t)]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from itertools import count
 from typing import Any, Self
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from pathline.core.checks import check_labels
 from pathline.core.errors import InputError
 from pathline.core.flow import BaseFlow, Conditions, Mix, Prediction
-from pathline.interpolants.base import Coefficients, Interpolant, Kind, broadcast
+from pathline.interpolants.base import Interpolant, Kind, broadcast
 from pathline.interpolants.bridge import Stochastic
 from pathline.solvers.guidance.base import Moment, PairGuidance, Past
 
@@ -210,6 +210,8 @@ class WeakGuidedFlow(GuidedFlow):
 class _Chosen(Prediction):
     """One of two predictions, sample by sample: each keeps what it alone can tell."""
 
+    single = False
+
     def __init__(self, guided: Prediction, plain: Prediction, active: Tensor) -> None:
         super().__init__(guided.value, guided.x, guided.t, guided.interpolant, guided.kind)
         self.guided, self.plain, self.active = guided, plain, active
@@ -222,10 +224,6 @@ class _Chosen(Prediction):
         """See ``Prediction``."""
         # rows that are mixed share their time and scale, so that they are active together
         return _Chosen(self.guided.mixed(mix, x, t), self.plain.mixed(mix, x, t), self.active[: len(x)])
-
-    def affine(self, weights: Mapping[Kind, float], at: Callable[[], Coefficients]) -> None:
-        """Return None: two predictions make this one."""
-        return None
 
 
 def _alike(first: Prediction, second: Prediction) -> bool:
