@@ -201,12 +201,12 @@ class Flow(BaseFlow):
         dtype, precision = self._network_types
         precision = precision or x.dtype
         if t.ndim == 0 and t.device.type == "cpu":
-            times = torch.full((len(x),), float(t), dtype=precision, device=x.device)
+            times = torch.full(x.shape[:1], float(t), dtype=precision, device=x.device)
         else:
-            times = t.to(x.device, precision).expand(len(x))
+            times = t.to(x.device, precision).expand(x.shape[0])
         given = x if dtype in (None, x.dtype) else x.to(dtype)
         value: Tensor = self.backbone(given, times, **{**self._bound, **conditions})
-        if value.shape != x.shape:
+        if value.shape != given.shape:
             raise InputError(
                 f"got a prediction of shape {tuple(value.shape)} from the backbone, expected {tuple(x.shape)}"
             )
