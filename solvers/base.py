@@ -1,4 +1,4 @@
-"""What every solver shares: the entry checks, the result, and what happens when a solve fails.
+"""What every solver shares: the entry checks, and what happens when a solve fails.
 
 N samples; S the shape of one sample. Times are float64 on the host; the state keeps the float type it came in.
 """
@@ -7,161 +7,22 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
-from typing import Any, ClassVar, Self, cast
+from collections.abc import Sequence
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from pathline.core.draws import Draws
 from pathline.core.errors import InputError, InputTypeError, OpenEndError, SolverError
-from pathline.core.flow import BaseFlow, Prediction
+from pathline.core.flow import BaseFlow
 from pathline.core.registry import Registry
-from pathline.interpolants.base import Coefficients, Kind
+from pathline.interpolants.base import Kind
 from pathline.solvers import grids
 from pathline.solvers.grids import GridSpec
+from pathline.solvers.run import Run, Solution
 
 __all__ = ["FixedStep", "Run", "Solution", "Solver", "registry"]
-
-
-@dataclass(frozen=True)
-class Solution:
-    """The result of a solve, with its evidence.
-
-    Attributes:
-        x: samples, (N, *S).
-        nfe: network calls; a guided call on a doubled batch is one.
-        times: the times at which the network was called, float64, (nfe,); (nfe, N) from a solver that gives each sample
-            times of its own.
-        seed: of the noise drawn on the way; the same whether the solver draws any or not.
-        trajectory: states at the grid points, both ends included, (steps + 1, N, *S); None unless asked for.
-    """
-
-    x: Tensor
-    nfe: int
-    times: Tensor
-    seed: int
-    trajectory: Tensor | None = None
-
-
-@dataclass
-class Run:
-    """One solve under way: the flow, its conditions, and what is recorded.
-
-    States are updated in place unless gradients are asked for, and no output of the network is kept over another call:
-    a network may return the same buffer every time.
-    """
-
-    flow: BaseFlow
-    conditions: dict[str, Any]
-    seed: int
-    sample_ids: Sequence[int] | Tensor
-    increments: Tensor | None = None
-    progress: bool = False
-    careful: bool = False
-    gradients: bool = False
-    times: list[float | Tensor] = field(default_factory=list)
-    states: list[Tensor] | None = None
-    plan: Any = None
-    _coefficients: dict[float, Coefficients] = field(default_factory=dict)
-    _clock: dict[float, Tensor] = field(default_factory=dict)
-
-    def predict(self, x: Tensor, t: float) -> Prediction:
-        """Call the network once at one time for all samples."""
-        self.times.append(t)
-        time = self._clock.get(t)
-        if time is None:
-            time = torch.scalar_tensor(t, dtype=torch.float64)
-        return self.flow.evaluate(x, time, self.conditions)
-
-    def at(self, t: float) -> Coefficients:
-        """Return the path's coefficients at t as numbers, computed once a solve."""
-        if t not in self._coefficients:
-            self.prepare([t])
-        return self._coefficients[t]
-
-    def prepare(self, times: Sequence[float]) -> None:
-        """Compute the coefficients of many times at once."""
-        clock = torch.tensor(times, dtype=torch.float64)
-        self._clock.update(zip(times, clock.unbind(), strict=True))
-        table = self.flow.interpolant.evaluate(clock)
-        rows = zip(*(values.tolist() for values in table), strict=True)
-        self._coefficients.update(zip(times, (Coefficients(*row) for row in rows), strict=True))
-
-    def combine(self, x: Tensor, prediction: Prediction, t: float, keep: float = 1.0, **weights: float) -> Tensor:
-        """Return keep·x + Σ weight·quantity of a prediction, in place: two operations where it is one value.
-
-        Args:
-            x: a state; in most uses the one at which ``prediction`` was made, at time ``t``.
-            keep: weight of x itself.
-            weights: as ``velocity=dt`` or ``score=…``.
-        """
-        if prediction.single and [*weights] == [prediction.kind]:
-            return self.add(self.scale(x, keep), prediction.value, weights[prediction.kind])
-        terms = {cast("Kind", kind): weight for kind, weight in weights.items() if weight}
-        form = prediction.affine(terms, lambda: self.at(t))
-        if form is None:
-            parts = [(getattr(prediction, kind), weight) for kind, weight in terms.items()]
-            x = self.scale(x, keep)
-            for value, weight in parts:
-                x = self.add(x, value, weight)
-            return x
-        if prediction.x is x:
-            x = self.scale(x, keep + form[0])
-        else:
-            x = self.scale(x, keep)
-            x = self.add(x, prediction.x, form[0]) if form[0] else x
-        return self.add(x, prediction.value, form[1])
-
-    def ahead(self, x: Tensor, prediction: Prediction, t: float, **weights: float) -> Tensor:
-        """Return x + Σ weight·quantity in memory of its own; x stays as it is."""
-        if prediction.single and [*weights] == [prediction.kind]:
-            return x.add(prediction.value, alpha=weights[prediction.kind])
-        return self.combine(x.clone(), prediction, t, **weights)
-
-    def quantity(self, prediction: Prediction, t: float, kind: Kind) -> Tensor:
-        """Return one quantity of a prediction in memory of its own."""
-        form = prediction.affine({kind: 1.0}, lambda: self.at(t))
-        if form is None:
-            return cast(Tensor, getattr(prediction, kind)).clone()
-        if form[0] == 0:
-            return prediction.value.mul(form[1])
-        return prediction.x.mul(form[0]).add_(prediction.value, alpha=form[1])
-
-    def scale(self, x: Tensor, factor: float) -> Tensor:
-        """Return factor·x, in place."""
-        if factor == 1:
-            return x
-        return x.mul(factor) if self.gradients else x.mul_(factor)
-
-    def add(self, x: Tensor, value: Tensor, weight: float) -> Tensor:
-        """Return x + weight·value, in place."""
-        return x.add(value, alpha=weight) if self.gradients else x.add_(value, alpha=weight)
-
-    def normal(self, x: Tensor, number: int) -> Tensor:
-        """Return standard normal draw ``number`` of the solve, of x's shape and type, to be read alone."""
-        if self.increments is not None:
-            draw = self.increments[number]
-            return draw if draw.dtype == x.dtype and draw.device == x.device else draw.to(x)
-        return Draws(self.seed).normal("increments", self.sample_ids, x.shape[1:], counter=number).to(x)
-
-    def steps(self, grid: Sequence[float]) -> Iterator[tuple[int, float, float]]:
-        """Walk over (number, start, end) of each step of a grid."""
-        pairs: Iterable[tuple[float, float]] = pairwise(grid)
-        if self.progress:
-            pairs = tqdm(pairs, total=len(grid) - 1, desc="solving", unit="step")
-        for number, (t, t_next) in enumerate(pairs):
-            yield number, t, t_next
-
-    def visit(self, x: Tensor, t: float, number: int) -> None:
-        """Record a state, and in a careful run raise SolverError where it stops being finite."""
-        if self.states is not None:
-            self.states.append(x.clone())
-        if self.careful and not bool(torch.isfinite(x).all()):
-            raise SolverError("the state became NaN or infinite", t=t, step=number, nfe=len(self.times))
 
 
 class Solver(ABC):
@@ -263,8 +124,7 @@ class Solver(ABC):
             result = self.integrate(run, x.clone())
             if not bool(torch.isfinite(result).all()):
                 self._explain(flow, run, x)
-        states = None if run.states is None else torch.stack(run.states)
-        return Solution(result, flow.nfe - calls, _stacked(run.times), seed, states)
+        return run.solution(result, flow.nfe - calls)
 
     @abstractmethod
     def integrate(self, run: Run, x: Tensor) -> Tensor:
@@ -297,12 +157,6 @@ class Solver(ABC):
         raise SolverError(
             "the result is NaN or infinite, but not when run again", t=self.end, step=0, nfe=flow.nfe - calls
         )
-
-
-def _stacked(times: list[float | Tensor]) -> Tensor:
-    if any(isinstance(t, Tensor) for t in times):
-        return torch.stack([t.double().cpu() for t in times if isinstance(t, Tensor)])
-    return torch.tensor(times, dtype=torch.float64)
 
 
 registry: Registry[Solver] = Registry("solver", "solvers", Solver)

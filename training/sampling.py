@@ -36,7 +36,7 @@ class Drawn:
     Attributes:
         x: (N, C, H, W) on the host.
         labels: (N,), or None.
-        nfe: network calls of one sample's solve.
+        nfe: network calls of one batch's solve, the most of all batches.
         seconds: wall time of all solves.
     """
 
@@ -148,7 +148,7 @@ def solve(
         given = parts.conditions(None if labels is None else labels[first : ids.stop].to(device))
         solution = parts.solver.solve(flow, noise, seed=seed, sample_ids=ids, **given)
         pieces.append(solution.x.cpu())
-        nfe = solution.nfe
+        nfe = max(nfe, solution.nfe)
     return Drawn(torch.cat(pieces), labels, nfe, time.perf_counter() - began)
 
 
