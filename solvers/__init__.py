@@ -5,6 +5,7 @@ from pathline.solvers.adaptive import DormandPrince
 from pathline.solvers.base import Solution, Solver, registry
 from pathline.solvers.fixed import RK4, Euler, Heun, Midpoint
 from pathline.solvers.multistep import AdamsBashforth2, AdamsBashforth3, DPMSolver, UniPC
+from pathline.solvers.ode import AdaptiveODE, FixedODE
 from pathline.solvers.stochastic import EulerMaruyama, StochasticHeun, StochasticRungeKutta
 from pathline.solvers.transitions import Churn, Exponential, PredictorCorrector
 
@@ -14,12 +15,14 @@ __all__ = [
     "RK4",
     "AdamsBashforth2",
     "AdamsBashforth3",
+    "AdaptiveODE",
     "Churn",
     "DPMSolver",
     "DormandPrince",
     "Euler",
     "EulerMaruyama",
     "Exponential",
+    "FixedODE",
     "Heun",
     "Midpoint",
     "PredictorCorrector",
