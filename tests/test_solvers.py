@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from pathline import (
     interpolants,
     solvers,
 )
+from pathline.solvers.run import Run
 
 LINEAR = interpolants.build("linear")
 STEPPED = [name for name in solvers.names() if "grid" in solvers.registry.entry(name).options()]
@@ -224,3 +227,55 @@ def test_bad_flows():
         Flow(torch.nn.Identity(), "linear")
     with pytest.raises(UnknownNameError, match="unknown prediction 'speed'"):
         Flow(torch.nn.Identity(), LINEAR, predicts="speed")
+
+
+def test_noise_belongs_to_samples_bit_for_bit():
+    """Batches of 1, 2, 7 and 64: a sample's draws are the same in all."""
+    flow = Flow(backbones.wrap(lambda x, t: torch.zeros_like(x)), LINEAR)
+    x = torch.zeros(64, 3)
+    whole = Run(flow, {}, seed=5, sample_ids=range(64)).normal(x, 4)
+    for size in (1, 2, 7):
+        for i in range(0, 64, size):
+            ids = range(i, min(i + size, 64))
+            part = Run(flow, {}, seed=5, sample_ids=ids).normal(x[i : i + size], 4)
+            assert torch.equal(part, whole[i : i + size])
+
+
+BAD_INPUT = """
+import math, torch
+from pathline import Flow, PathlineError, backbones, interpolants, solvers
+
+flow = Flow(backbones.wrap(lambda x, t: x * math.nan), interpolants.build("linear"))
+x, kept = torch.ones(2, 3), []
+custom = lambda *points: {"name": "custom", "points": points}
+for make in (
+    lambda: solvers.build("eulr"),
+    lambda: solvers.build("euler", step=3),
+    lambda: solvers.build("dopri5", steps=3),
+    lambda: solvers.build("euler", steps=0),
+    lambda: solvers.build("euler", steps=2, grid=custom(1, 0.2, 0.4)),
+    lambda: solvers.build("euler", steps=2, grid=custom(1.5, 0.2, 0)),
+    lambda: solvers.build("euler", steps=2)(flow, x.bfloat16()),
+    lambda: solvers.build("euler", steps=2)(flow, x.half()),
+    lambda: solvers.build("euler-maruyama", diffusion=lambda t: t[:, None]),
+    lambda: solvers.build("heun", steps=3)(flow, x),
+    lambda: solvers.build("dopri5")(flow, x),
+    lambda: solvers.build("euler-maruyama", diffusion="sbdm")(flow, x),
+    lambda: solvers.build("dpm++", steps=3).reversed(),
+):
+    try:
+        make()
+        print("nothing raised")
+    except PathlineError as error:
+        print(type(error).__name__)
+"""
+
+
+def test_bad_input_raises_the_same_when_python_drops_its_assertions():
+    """Under ``python -O`` too, and without a hang."""
+    expected = ["UnknownNameError", "UnknownOptionError", "UnknownOptionError", *["InputError"] * 3]
+    expected += [*["InputTypeError"] * 2, "InputError", *["SolverError"] * 2, "OpenEndError", "InputError"]
+    run = subprocess.run(
+        [sys.executable, "-O", "-c", BAD_INPUT], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert run.stdout.split() == expected, run.stderr
