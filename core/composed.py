@@ -95,6 +95,11 @@ class Rescheduled(BaseFlow):
         """See ``BaseFlow``."""
         return Rescheduled(self.flow.given(**conditions), self.interpolant)
 
+    @property
+    def bound(self) -> Conditions:
+        """See ``BaseFlow``."""
+        return self.flow.bound
+
     def begin(self) -> Rescheduled:
         """See ``BaseFlow``."""
         return Rescheduled(self.flow.begin(), self.interpolant)
@@ -153,6 +158,11 @@ class SplitFlow(BaseFlow):
     def nfe(self) -> int:
         """Calls of both networks."""
         return sum(flow.nfe for flow in self._networks)
+
+    @property
+    def bound(self) -> Conditions:
+        """See ``BaseFlow``; both networks have the same."""
+        return self._networks[0].bound
 
     def given(self, **conditions: Any) -> SplitFlow:
         """See ``BaseFlow``."""

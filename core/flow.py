@@ -118,6 +118,11 @@ class BaseFlow(ABC):
     def given(self, **conditions: Any) -> BaseFlow:
         """Return this flow with conditions bound, as ``flow.given(label=labels)``."""
 
+    @property
+    def bound(self) -> Conditions:
+        """Conditions bound by ``given``, to this flow or one inside it."""
+        return {}
+
     def begin(self) -> BaseFlow:
         """Return this flow at the start of a trajectory: itself, but for one that remembers earlier calls."""
         return self
@@ -173,6 +178,11 @@ class Flow(BaseFlow):
     def nfe(self) -> int:
         """Network calls made so far, those of bound copies included."""
         return self._calls[0]
+
+    @property
+    def bound(self) -> Conditions:
+        """See ``BaseFlow``."""
+        return self._bound
 
     def given(self, **conditions: Any) -> Flow:
         """Return this flow with conditions bound; those given later at a call go first."""

@@ -438,3 +438,13 @@ def test_options_that_do_not_fit_the_state(name):
         with pytest.raises(InputError, match=message):  # also of the inner of two
             guidance.build("cfg")(guidance.build(name, **options)(flow))(x, T, label=Y)
     assert flow.nfe == 0
+
+
+def test_conditions_bound_to_a_split_flow_reach_the_guided_one():
+    """A flow of two networks, on a path with latent noise: what was bound before is doubled too."""
+    drift, noise = (backbones.wrap(rows, num_classes=3, null_label=3) for rows in (Rows(), Rows()))
+    split = SplitFlow(drift, noise, interpolants.build("stochastic")).given(label=LABEL)
+    assert split.bound["label"] is LABEL
+    guided = guidance.build("classifier-free", scale=2.0)(split)
+    before = guidance.build("classifier-free", scale=2.0)(SplitFlow(drift, noise, split.interpolant))
+    assert torch.equal(guided(X, 0.4).score, before(X, 0.4, label=LABEL).score)

@@ -33,13 +33,18 @@ class GuidedFlow(BaseFlow):
         self.flow, self.guidance = flow, guidance
         self.interpolant, self.backbone = flow.interpolant, flow.backbone
         self.predicts = guidance.quantity or flow.predicts
-        self._bound = _bound(flow)
+        self._bound = {**flow.bound}
         self._past: Past | None = None
 
     @property
     def nfe(self) -> int:
         """See ``BaseFlow``."""
         return self.flow.nfe
+
+    @property
+    def bound(self) -> Conditions:
+        """See ``BaseFlow``: they are doubled, and handed to a weaker flow, as all conditions are."""
+        return self._bound
 
     def given(self, **conditions: Any) -> Self:
         """See ``BaseFlow``."""
@@ -251,11 +256,6 @@ def _mixed(
 def _twice(value: Any, rows: int) -> Any:
     """Repeat a condition that has one row a sample; hand anything else through."""
     return torch.cat((value, value)) if isinstance(value, Tensor) and value.ndim and len(value) == rows else value
-
-
-def _bound(flow: BaseFlow | None) -> dict[str, Any]:
-    """Conditions bound to a flow before it was guided: they are doubled, and handed to a weaker flow, as all are."""
-    return {} if flow is None else {**_bound(getattr(flow, "flow", None)), **getattr(flow, "_bound", {})}
 
 
 def _same_path(first: Interpolant, second: Interpolant) -> bool:
