@@ -37,7 +37,8 @@ class Regression(Objective):
         coupling: see ``Objective``.
         loss: ``mse``, or ``huber``: ½e² up to ``delta``, delta·(|e| − ½·delta) beyond.
         delta: of the Huber loss, above 0; None means 1. Only with it.
-        cosine: weight, 0 or more, of 1 − cos(prediction, target) over each sample (arXiv:2501.01423, 4.2).
+        cosine: weight, 0 or more, of 1 − cos(prediction, target) over each sample. LightningDiT, whose idea it is
+            (arXiv:2501.01423, 4.2), takes the cosine over the channels of each position.
         weighting: weight of the loss along the path; see ``objectives.weightings``.
         wanted_times: a second law: the loss is weighted by its density over that of ``times``, so that its expectation
             is the one under ``wanted_times`` while times are drawn by ``times``, which must reach half of its mass or
