@@ -6,6 +6,7 @@ from pathline.solvers.base import Solution, Solver, registry
 from pathline.solvers.fixed import RK4, Euler, Heun, Midpoint
 from pathline.solvers.multistep import AdamsBashforth2, AdamsBashforth3, DPMSolver, UniPC
 from pathline.solvers.ode import AdaptiveODE, FixedODE
+from pathline.solvers.sde import TorchSDE
 from pathline.solvers.stochastic import EulerMaruyama, StochasticHeun, StochasticRungeKutta
 from pathline.solvers.transitions import Churn, Exponential, PredictorCorrector
 
@@ -30,6 +31,7 @@ __all__ = [
     "Solver",
     "StochasticHeun",
     "StochasticRungeKutta",
+    "TorchSDE",
     "UniPC",
     "build",
     "diffusions",

@@ -19,7 +19,7 @@ from pathline.interpolants.base import Kind
 from pathline.solvers.base import FixedStep, Run, Solver, registry
 from pathline.solvers.grids import GridSpec
 
-__all__ = ["AdaptiveODE", "FixedODE", "Method", "ode_solver", "weighted"]
+__all__ = ["AdaptiveODE", "FixedODE", "Method", "between", "ode_solver", "weighted"]
 
 Method = Literal["euler", "midpoint", "heun2", "heun3", "rk4", "explicit_adams", "dopri5", "bosh3", "dopri8"]
 
@@ -160,7 +160,7 @@ class _GridDrift:
         self.run, self.end, self.number = run, solver.end, 0
         self.sign = math.copysign(1.0, solver.end - solver.start)
         pairs = enumerate(pairwise(solver.times))
-        times = [_between(t, t_next, part) for number, (t, t_next) in pairs for part in solver._parts(number)]
+        times = [between(t, t_next, part) for number, (t, t_next) in pairs for part in solver._parts(number)]
         run.prepare(times)
         self._times, self._steps = iter(times), run.steps(solver.times)
 
@@ -182,7 +182,8 @@ class _GridDrift:
         return x
 
 
-def _between(t: float, t_next: float, part: float) -> float:
+def between(t: float, t_next: float, part: float) -> float:
+    """Return the time at a part of a step, 0 its beginning and 1 its end, which are exact."""
     return (1 - part) * t + part * t_next
 
 

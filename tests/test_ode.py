@@ -264,8 +264,8 @@ def solved(rates, x, **options):
 
 def test_the_error_is_that_of_each_sample():
     """TD8: over the batch, a stiff sample's error is diluted, from 1.6e-4 alone to 5.8e-3 among 1024."""
-    rates, x = torch.ones(256), torch.full((256, 2), 0.5, dtype=torch.float64)
-    rates[7], x[7] = 300.0, 5.0
+    rates, x = torch.ones(128), torch.full((128, 2), 0.5, dtype=torch.float64)
+    rates[7], x[7] = 100.0, 5.0
     tolerances = {"rtol": 1e-5, "atol": 1e-5}
     reference = solved(rates, x, rtol=1e-11, atol=1e-11, max_nfe=100_000).x
     alone = solved(rates[7:8], x[7:8], **tolerances)
@@ -277,7 +277,7 @@ def test_the_error_is_that_of_each_sample():
     mean = solved(rates, x, **tolerances, per_sample=False)
     assert mean.nfe < together.nfe
     worse, better = (float((y.x[7] - reference[7]).abs().max()) for y in (mean, together))
-    assert worse > 3 * better
+    assert worse > 8 * better
     ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
     drift = stiff(rates)
     by_hand = odeint(  # whose own norm is the mean
