@@ -7,13 +7,13 @@ from pathlib import Path
 
 TESTS = Path(__file__).parent
 PAGE = (TESTS.parent / "docs" / "defects.md").read_text()
-COUNTS = {"S": 15, "F": 12, "C": 8, "D": 15, "L": 7, "R": 5, "P": 1, "T": 4, "B": 3}
+COUNTS = {"S": 15, "F": 12, "C": 8, "D": 15, "L": 7, "R": 5, "P": 1, "T": 4, "B": 3, "TD": 22, "TS": 16}
 
 
 def rows():
     for line in PAGE.splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if len(cells) == 3 and re.match(r"[A-Z]\d", cells[0]):
+        if len(cells) == 3 and re.match(r"[A-Z]+\d", cells[0]):
             yield cells
 
 

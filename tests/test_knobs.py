@@ -146,7 +146,7 @@ def test_names_of_ours_in_the_last_column_exist():
 def test_names_of_ours_in_the_notes_exist():
     prose = [line for line in re.sub(r"```.*?```", "", PAGE, flags=re.DOTALL).splitlines() if line[:1] != "|"]
     found = [match.groups() for line in prose for text in quoted(line) if (match := COMPONENT.match(text))]
-    assert [name for _, name, _ in found] == ["euler", "ode"]
+    assert [name for _, name, _ in found] == ["euler", "ode", "sde"]
     assert not any(component_problems(*parts) for parts in found)
 
 

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pathline import (
     Flow,
@@ -19,6 +21,7 @@ from pathline import (
     solvers,
 )
 from pathline.solvers.run import Run
+from pathline.testing import GaussianMixture
 
 LINEAR = interpolants.build("linear")
 STEPPED = [name for name in solvers.names() if "grid" in solvers.registry.entry(name).options()]
@@ -279,3 +282,35 @@ def test_bad_input_raises_the_same_when_python_drops_its_assertions():
         [sys.executable, "-O", "-c", BAD_INPUT], capture_output=True, text=True, timeout=60, check=False
     )
     assert run.stdout.split() == expected, run.stderr
+
+
+ANY = [name for name in STEPPED if name not in ("ode", "sde", "mean-flow")]
+MIXTURE = GaussianMixture([[1.0, -1.0, 0.5], [-2.0, 0.5, 0.0]], [0.5, 0.3], weights=[0.4, 0.6])
+
+
+@given(
+    name=st.sampled_from(ANY),
+    grid=st.sampled_from(["uniform", "shifted", "paper", "edm", "terminal"]),
+    path=st.sampled_from(["linear", "trigonometric", "vp", "linear-vp", "polynomial"]),
+    predicts=st.sampled_from(["velocity", "noise", "data", "score"]),
+    steps=st.integers(1, 12),
+    ends=st.tuples(st.floats(0.55, 0.97), st.floats(0.005, 0.015)),
+    size=st.integers(1, 4),
+)
+def test_any_solver_on_any_grid_path_and_prediction(name, grid, path, predicts, steps, ends, size):
+    """NFE and times are as announced, results finite, and the prediction's kind makes no difference."""
+    options = {"grid": grid, "start": ends[0], "end": ends[1]}
+    solver = solvers.build(name, steps=steps, **options)
+    interpolant = interpolants.build(path)
+    x = torch.randn(size, 3, dtype=torch.float64)
+    solution = solver.solve(MIXTURE.flow(interpolant, predicts), x, seed=1, trajectory=True)
+    assert solution.nfe == solver.calls == len(solution.times)
+    assert solution.trajectory.shape == (steps + 1, size, 3) and bool(solution.trajectory.isfinite().all())
+    highest = 1.0 if name == "churn" else ends[0]  # it goes back to a later time first
+    assert ends[1] <= float(solution.times.min()) and float(solution.times.max()) <= highest
+    other = solver.solve(MIXTURE.flow(interpolant), x, seed=1)
+    scale = 1 + float(other.x.abs().max())
+    assert float((solution.x - other.x).abs().max()) < 1e-6 * scale
+    if not solver.one_way and not (name == "exponential"):
+        back = solver.reversed()
+        assert back.times == solver.times[::-1] and back.calls == solver.calls
