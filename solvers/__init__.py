@@ -1,6 +1,6 @@
 """Solvers by name, with their grids, diffusion coefficients and guidance."""
 
-from pathline.solvers import diffusions, grids, guidance
+from pathline.solvers import diffusions, grids, guidance, likelihood
 from pathline.solvers.adaptive import DormandPrince
 from pathline.solvers.base import Solution, Solver, registry
 from pathline.solvers.fixed import RK4, Euler, Heun, Midpoint
@@ -37,6 +37,7 @@ __all__ = [
     "diffusions",
     "grids",
     "guidance",
+    "likelihood",
     "names",
     "register",
     "registry",

@@ -32,6 +32,7 @@ __all__ = [
     "Uniform",
     "build",
     "names",
+    "part_way",
     "register",
     "registry",
 ]
@@ -49,6 +50,11 @@ registry: Registry[Grid] = Registry("grid", "solvers.grids", Grid)
 register, build, names = registry.register, registry.build, registry.names
 
 GridSpec = Annotated[Grid | str | Mapping[str, Any], registry]
+
+
+def part_way(t: float, t_next: float, part: float) -> float:
+    """Return the time at a part of a step: 0 is its beginning, exactly, and 1 its end."""
+    return (1 - part) * t + part * t_next
 
 
 @registry.register("uniform")

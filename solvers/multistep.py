@@ -43,7 +43,7 @@ class _AdamsBashforth(FixedStep):
 
     def step(self, run: Run, x: Tensor, number: int, t: float, t_next: float) -> Tensor:
         """Take one step with as many velocities as there are."""
-        run.plan.append(Node(t, run.quantity(run.predict(x, t), t, "velocity")))
+        run.plan.append(Node(t, run.weighted(run.predict(x, t), t, velocity=1.0)))
         weights = _weights([node.t for node in run.plan], t, t_next)
         for node, weight in zip(run.plan, weights, strict=True):
             x = run.add(x, node.value, weight)
@@ -81,7 +81,7 @@ class AdamsBashforth3(_AdamsBashforth):
         """Take one step; the first by the midpoint rule."""
         if number:
             return super().step(run, x, number, t, t_next)
-        velocity, middle = run.quantity(run.predict(x, t), t, "velocity"), 0.5 * (t + t_next)
+        velocity, middle = run.weighted(run.predict(x, t), t, velocity=1.0), 0.5 * (t + t_next)
         run.plan.append(Node(t, velocity))
         half = x.add(velocity, alpha=middle - t)
         return run.combine(x, run.predict(half, middle), middle, velocity=t_next - t)
@@ -120,7 +120,7 @@ class DPMSolver(_ExponentialMultistep):
 
     def step(self, run: Run, x: Tensor, number: int, t: float, t_next: float) -> Tensor:
         """Take one step."""
-        data = run.quantity(run.predict(x, t), t, "data")
+        data = run.weighted(run.predict(x, t), t, data=1.0)
         now, there = run.at(t), run.at(t_next)
         ratio = float(there.sigma / now.sigma)
         weight = float(there.alpha - now.alpha * ratio)
@@ -175,7 +175,7 @@ class UniPC(_ExponentialMultistep):
     def step(self, run: Run, x: Tensor, number: int, t: float, t_next: float) -> Tensor:
         """Correct the state at the beginning of the step, and predict that at its end."""
         nodes, states = run.plan
-        data = run.quantity(run.predict(x, t), t, "data")
+        data = run.weighted(run.predict(x, t), t, data=1.0)
         if states:
             x = self._advance(run, states[0].value, nodes, t, data)
         nodes.append(Node(t, data))

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from pathline.core.checks import require
 from pathline.core.errors import InputError, OpenEndError, SolverError
-from pathline.core.flow import BaseFlow, Prediction
-from pathline.interpolants.base import Kind
-from pathline.solvers.base import FixedStep, Run, Solver, registry
-from pathline.solvers.grids import GridSpec
+from pathline.core.flow import BaseFlow
+from pathline.solvers.base import FixedStep, Solver, registry
+from pathline.solvers.grids import GridSpec, part_way
+from pathline.solvers.run import Run
 
-__all__ = ["AdaptiveODE", "FixedODE", "Method", "between", "ode_solver", "weighted"]
+__all__ = ["AdaptiveODE", "FixedODE", "Method", "ode_solver"]
 
 Method = Literal["euler", "midpoint", "heun2", "heun3", "rk4", "explicit_adams", "dopri5", "bosh3", "dopri8"]
 
@@ -160,7 +160,7 @@ class _GridDrift:
         self.run, self.end, self.number = run, solver.end, 0
         self.sign = math.copysign(1.0, solver.end - solver.start)
         pairs = enumerate(pairwise(solver.times))
-        times = [between(t, t_next, part) for number, (t, t_next) in pairs for part in solver._parts(number)]
+        times = [part_way(t, t_next, part) for number, (t, t_next) in pairs for part in solver._parts(number)]
         run.prepare(times)
         self._times, self._steps = iter(times), run.steps(solver.times)
 
@@ -173,29 +173,13 @@ class _GridDrift:
     def __call__(self, s: Tensor, x: Tensor) -> Tensor:
         """Call the network."""
         t = next(self._times)
-        return weighted(self.run, self.run.predict(x, t), t, velocity=self.sign)
+        return self.run.weighted(self.run.predict(x, t), t, velocity=self.sign)
 
     def finish(self, x: Tensor) -> Tensor:
         """Take note of the last state, and close the progress bar."""
         next(self._steps, None)
         self.run.visit(x, self.end, self.number)
         return x
-
-
-def between(t: float, t_next: float, part: float) -> float:
-    """Return the time at a part of a step, 0 its beginning and 1 its end, which are exact."""
-    return (1 - part) * t + part * t_next
-
-
-def weighted(run: Run, prediction: Prediction, t: float, **weights: float) -> Tensor:
-    """Return Σ weight·quantity of a prediction at time t, in memory of its own: a network may reuse its output's."""
-    terms = {cast("Kind", kind): weight for kind, weight in weights.items() if weight}
-    form = prediction.affine(terms, lambda: run.at(t))
-    if form is None:
-        parts = [getattr(prediction, kind) * weight for kind, weight in terms.items()]
-        return torch.stack(parts).sum(0) if len(parts) > 1 else cast(Tensor, parts[0])
-    total = prediction.value.mul(form[1])
-    return total.add_(prediction.x, alpha=form[0]) if form[0] else total
 
 
 class AdaptiveODE(Solver):
@@ -303,7 +287,7 @@ class _GuardedDrift:
             budget = f"the budget of {self.solver.max_nfe} network calls is spent; raise max_nfe, rtol or atol"
             raise self._failed(budget, float(s))
         t, self.latest = self._time(float(s)), x
-        slope = weighted(self.run, self.run.predict(x, t), t, velocity=self.sign)
+        slope = self.run.weighted(self.run.predict(x, t), t, velocity=self.sign)
         if not bool(torch.isfinite(slope).all()):
             raise self._failed("the network returned NaN or infinite values", float(s))
         return slope

@@ -117,14 +117,15 @@ class Run:
             return x.add(prediction.value, alpha=weights[prediction.kind])
         return self.combine(x.clone(), prediction, t, **weights)
 
-    def quantity(self, prediction: Prediction, t: float, kind: Kind) -> Tensor:
-        """Return one quantity of a prediction in memory of its own."""
-        form = prediction.affine({kind: 1.0}, lambda: self.at(t))
+    def weighted(self, prediction: Prediction, t: float, **weights: float) -> Tensor:
+        """Return Σ weight·quantity of a prediction made at time t, in memory of its own."""
+        terms = {cast("Kind", kind): weight for kind, weight in weights.items() if weight}
+        form = prediction.affine(terms, lambda: self.at(t))
         if form is None:
-            return cast(Tensor, getattr(prediction, kind)).clone()
-        if form[0] == 0:
-            return prediction.value.mul(form[1])
-        return prediction.x.mul(form[0]).add_(prediction.value, alpha=form[1])
+            parts = [getattr(prediction, kind) * weight for kind, weight in terms.items()]
+            return sum(parts[1:], start=cast(Tensor, parts[0]))
+        total = prediction.value.mul(form[1])
+        return total.add_(prediction.x, alpha=form[0]) if form[0] else total
 
     def scale(self, x: Tensor, factor: float) -> Tensor:
         """Return factor·x, in place."""

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from pathline.core.checks import require
 from pathline.core.errors import InputError
-from pathline.solvers.base import Run, registry
+from pathline.solvers.base import registry
 from pathline.solvers.diffusions import DiffusionSpec
-from pathline.solvers.grids import GridSpec
-from pathline.solvers.ode import between, weighted
+from pathline.solvers.grids import GridSpec, part_way
+from pathline.solvers.run import Run
 from pathline.solvers.stochastic import LastStep, StochasticStep
 
 __all__ = ["Convention", "Method", "TorchSDE", "sde_solver"]
@@ -105,14 +105,11 @@ class TorchSDE(StochasticStep):
     def nodes(self) -> list[float]:
         """Return the grid, and the times inside of steps."""
         inner = [part for part in self.parts if 0 < part < 1]
-        return [*self.times, *(between(t, t_next, part) for t, t_next in pairwise(self.times) for part in inner)]
+        return [*self.times, *(part_way(t, t_next, part) for t, t_next in pairwise(self.times) for part in inner)]
 
     def integrate(self, run: Run, x: Tensor) -> Tensor:
         """Hand the noisy steps to the library at once, and take a last step of its own after them."""
-        nodes = self.nodes()
-        squared = self.diffusion.squared(torch.tensor(nodes, dtype=torch.float64), run.flow.interpolant)
-        run.plan = dict(zip(nodes, squared.tolist(), strict=True))
-        run.prepare(nodes)
+        self.plan(run)
         run.visit(x, self.times[0], 0)
         steps = run.steps(self.times)
         if self.noisy_steps:
@@ -166,13 +163,13 @@ class _System:
             return state
         if state is self._state:
             return self._slope
-        t = between(self._t, self._t_next, float(s) - self._number)
+        t = part_way(self._t, self._t_next, float(s) - self._number)
         x = state.view(self.x.shape)
         if self._state is None and self._number:
             self.run.visit(x, t, self._number - 1)
         length = self._t_next - self._t
         score = 0.5 * self.run.plan[t] * abs(length)
-        slope = weighted(self.run, self.run.predict(x, t), t, velocity=length, score=score).view(state.shape)
+        slope = self.run.weighted(self.run.predict(x, t), t, velocity=length, score=score).view(state.shape)
         if self._state is None:
             self._state, self._slope = state, slope
         return slope
@@ -183,7 +180,7 @@ class _System:
             self.checked()
             self.checked = None
             return noise
-        t = between(self._t, self._t_next, float(s) - self._number)
+        t = part_way(self._t, self._t_next, float(s) - self._number)
         return noise * math.sqrt(self.run.plan[t] * abs(self._t_next - self._t))
 
 

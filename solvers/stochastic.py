@@ -19,7 +19,7 @@ from pathline.core.flow import BaseFlow, Prediction
 from pathline.solvers import diffusions
 from pathline.solvers.base import FixedStep, Run, registry
 from pathline.solvers.diffusions import DiffusionSpec
-from pathline.solvers.grids import GridSpec
+from pathline.solvers.grids import GridSpec, part_way
 
 __all__ = ["EulerMaruyama", "LastStep", "StochasticHeun", "StochasticRungeKutta", "StochasticStep"]
 
@@ -95,12 +95,16 @@ class StochasticStep(FixedStep):
         """Return the times at which a step evaluates g."""
         return self.times
 
-    def integrate(self, run: Run, x: Tensor) -> Tensor:
-        """Walk over the grid; g² is computed for all times at once."""
+    def plan(self, run: Run) -> None:
+        """Compute g² and the path's coefficients for all times at once."""
         nodes = self.nodes()
         squared = self.diffusion.squared(torch.tensor(nodes, dtype=torch.float64), run.flow.interpolant)
         run.plan = dict(zip(nodes, squared.tolist(), strict=True))
         run.prepare(nodes)
+
+    def integrate(self, run: Run, x: Tensor) -> Tensor:
+        """Walk over the grid."""
+        self.plan(run)
         return super().integrate(run, x)
 
     def step(self, run: Run, x: Tensor, number: int, t: float, t_next: float) -> Tensor:
@@ -208,11 +212,11 @@ class StochasticRungeKutta(StochasticStep):
 
     def nodes(self) -> list[float]:
         """Return the grid, and the time of the second stage of each step."""
-        return [*self.times, *(_stage(t, t_next) for t, t_next in pairwise(self.times))]
+        return [*self.times, *(part_way(t, t_next, 0.75) for t, t_next in pairwise(self.times))]
 
     def advance(self, run: Run, x: Tensor, number: int, t: float, t_next: float) -> Tensor:
         """Take one step."""
-        dt, h, node = t_next - t, abs(t_next - t), _stage(t, t_next)
+        dt, h, node = t_next - t, abs(t_next - t), part_way(t, t_next, 0.75)
         g, g_next = math.sqrt(run.plan[t]), math.sqrt(run.plan[t_next])
         first, second = run.normal(x, 2 * number), run.normal(x, 2 * number + 1)
         half, rest = 0.5 * math.sqrt(h), math.sqrt(h / 12)  # J/h = half·z₁ + rest·z₂, I = 2·half·z₁
@@ -222,7 +226,3 @@ class StochasticRungeKutta(StochasticStep):
         x = run.combine(x, start, t, velocity=dt / 3, score=run.plan[t] * h / 6)
         x = run.combine(x, run.predict(stage, node), node, velocity=2 * dt / 3, score=run.plan[node] * h / 3)
         return run.add(run.add(x, first, (g + g_next) * half), second, (g - g_next) * rest)
-
-
-def _stage(t: float, t_next: float) -> float:
-    return t + 0.75 * (t_next - t)

@@ -34,7 +34,14 @@ def test_each_file_runs_and_registers_its_component(program, file):
 
 
 def test_all_kinds_are_shown():
-    assert [name for _, name in BLOCKS] == ["my_path.py", "my_objective.py", "my_coupling.py", "my_guidance.py", "my_grid.py", "my_plugin.py"]
+    assert [name for _, name in BLOCKS] == [
+        "my_path.py",
+        "my_objective.py",
+        "my_coupling.py",
+        "my_guidance.py",
+        "my_grid.py",
+        "my_plugin.py",
+    ]
     project = tomllib.loads(re.search(r"```toml\n(.*?)```", PAGE, re.DOTALL)[1])
     assert project["project"]["entry-points"]["pathline.plugins"] == {"mine": "my_plugin"}
     assert "SineSquared" in PAGE
