@@ -111,7 +111,7 @@ class _State:
         """Choose the first step as Hairer, Nørsett and Wanner do (II.4, "starting step size")."""
         t = torch.full((len(x),), solver.start, dtype=torch.float64, device=x.device)
         span, sign = abs(solver.end - solver.start), math.copysign(1.0, solver.end - solver.start)
-        slope = _velocity(run, x, t)
+        slope = _velocity(run, x, t).clone()
         scale = solver.atol + solver.rtol * x.abs()
         size, speed = _norm(x / scale), _norm(slope / scale)
         first = torch.where((size < 1e-5) | (speed < 1e-5), 1e-6, 0.01 * size / speed).clamp(max=span)
@@ -133,8 +133,10 @@ class _State:
         ratio = _norm(error.div_(scale))
         ratio = torch.where(ratio.isfinite(), ratio, math.inf)
         accepted = ratio <= 1
-        wide = broadcast(accepted, self.x)
-        self.x, self.slope = torch.where(wide, ahead, self.x), torch.where(wide, slope, self.slope)
+        if not bool(accepted.all()):
+            wide = broadcast(accepted, self.x)
+            ahead, slope = torch.where(wide, ahead, self.x), torch.where(wide, slope, self.slope)
+        self.x, self.slope = ahead, slope
         self.t = torch.where(accepted, torch.where(lands, mark, self.t + signed), self.t)
         factor = (_SAFETY * ratio.clamp(min=1e-10) ** (-1 / 5)).clamp(_SHRINK, _GROW)
         factor = torch.where(accepted, factor.clamp(min=1.0), factor.clamp(max=1.0))
@@ -146,11 +148,13 @@ class _State:
 
     def _stages(self, run: Run, step: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the state of order 5 after ``step``, the slope there, and the error estimate."""
-        h, slopes, ahead = broadcast(step, self.x).to(self.x), [self.slope], self.x
+        h, ahead, slope = broadcast(step, self.x).to(self.x), self.x, self.slope
+        moves = [slope * h]  # each in memory of its own: a network may return one buffer every time
         for node, row in zip(_NODES, _STAGES, strict=True):
-            ahead = torch.addcmul(self.x, _weighted(slopes, row), h)
-            slopes.append(_velocity(run, ahead, self.t + node * step))
-        return ahead, slopes[-1], _weighted(slopes, _ERROR).mul_(h)
+            ahead = _added(self.x.add(moves[0], alpha=row[0]), moves[1:], row[1:])
+            slope = _velocity(run, ahead, self.t + node * step)
+            moves.append(slope * h)
+        return ahead, slope.clone(), _added(moves[0] * _ERROR[0], moves[1:], _ERROR[1:])
 
     def _check(self, solver: DormandPrince, run: Run, step: Tensor, left: Tensor) -> None:
         """Give up before a round that the budget or the smallest step forbids."""
@@ -176,14 +180,14 @@ class _State:
 
 
 def _velocity(run: Run, x: Tensor, t: Tensor) -> Tensor:
-    """Call the network at times (N,); the result is kept over later calls, so a buffer of the network is copied."""
+    """Call the network at times (N,)."""
     run.times.append(t)
-    return run.flow.evaluate(x, t, run.conditions).velocity.clone()
+    return run.flow.evaluate(x, t, run.conditions).velocity
 
 
-def _weighted(values: list[Tensor], weights: tuple[float, ...]) -> Tensor:
-    total = values[0] * weights[0]
-    for value, weight in zip(values[1:], weights[1:], strict=True):
+def _added(total: Tensor, values: list[Tensor], weights: tuple[float, ...]) -> Tensor:
+    """Add Σ weight·value to ``total``, in place."""
+    for value, weight in zip(values, weights, strict=True):
         if weight:
             total = total.add_(value, alpha=weight)
     return total

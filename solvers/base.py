@@ -215,9 +215,13 @@ class FixedStep(Solver):
                     f"has no {quantity} from a predicted {flow.predicts}; keep start and end away from it"
                 )
 
+    def nodes(self) -> list[float]:
+        """Return the times that steps look at: the grid, and those inside of steps."""
+        return self.times
+
     def integrate(self, run: Run, x: Tensor) -> Tensor:
         """Walk over the grid with ``step``."""
-        run.prepare(self.times)
+        run.prepare(self.nodes())
         run.visit(x, self.times[0], 0)
         watched = run.careful or run.states is not None
         for number, t, t_next in run.steps(self.times):

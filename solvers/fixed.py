@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from torch import Tensor
 
 from pathline.solvers.base import FixedStep, Run, registry
+from pathline.solvers.grids import part_way
 
 __all__ = ["RK4", "Euler", "Heun", "Midpoint"]
 
@@ -33,9 +36,13 @@ class Midpoint(FixedStep):
     calls_per_step = 2
     evaluates_end = False
 
+    def nodes(self) -> list[float]:
+        """Return the grid, and the middles of its steps."""
+        return _with_middles(self.times)
+
     def step(self, run: Run, x: Tensor, number: int, t: float, t_next: float) -> Tensor:
         """Take one step."""
-        middle, dt = 0.5 * (t + t_next), t_next - t
+        middle, dt = part_way(t, t_next, 0.5), t_next - t
         half = run.ahead(x, run.predict(x, t), t, velocity=0.5 * dt)
         return run.combine(x, run.predict(half, middle), middle, velocity=dt)
 
@@ -70,12 +77,20 @@ class RK4(FixedStep):
     calls_per_step = 4
     evaluates_end = True
 
+    def nodes(self) -> list[float]:
+        """Return the grid, and the middles of its steps."""
+        return _with_middles(self.times)
+
     def step(self, run: Run, x: Tensor, number: int, t: float, t_next: float) -> Tensor:
         """Take one step."""
-        dt, middle = t_next - t, 0.5 * (t + t_next)
+        dt, middle = t_next - t, part_way(t, t_next, 0.5)
         stage, total = x, x.clone()
         for node, weight, length in ((t, 1 / 6, 0.5), (middle, 1 / 3, 0.5), (middle, 1 / 3, 1.0)):
             slope = run.predict(stage, node)
             total = run.combine(total, slope, node, velocity=weight * dt)
             stage = run.ahead(x, slope, node, velocity=length * dt)
         return run.combine(total, run.predict(stage, t_next), t_next, velocity=dt / 6)
+
+
+def _with_middles(times: list[float]) -> list[float]:
+    return [*times, *(part_way(t, t_next, 0.5) for t, t_next in pairwise(times))]

@@ -17,7 +17,7 @@ from torch import Tensor
 from pathline.core.errors import InputError
 from pathline.interpolants.base import Coefficients
 from pathline.solvers.base import FixedStep, Run, registry
-from pathline.solvers.grids import GridSpec
+from pathline.solvers.grids import GridSpec, part_way
 
 __all__ = ["AdamsBashforth2", "AdamsBashforth3", "DPMSolver", "UniPC"]
 
@@ -34,11 +34,11 @@ class _AdamsBashforth(FixedStep):
 
     calls_per_step = 1
     evaluates_end = False
-    nodes: ClassVar[int]
+    terms: ClassVar[int]
 
     def integrate(self, run: Run, x: Tensor) -> Tensor:
         """Walk over the grid with a history of velocities."""
-        run.plan = deque(maxlen=self.nodes)
+        run.plan = deque(maxlen=self.terms)
         return super().integrate(run, x)
 
     def step(self, run: Run, x: Tensor, number: int, t: float, t_next: float) -> Tensor:
@@ -58,7 +58,7 @@ class AdamsBashforth2(_AdamsBashforth):
     """
 
     order = 2
-    nodes = 2
+    terms = 2
 
 
 @registry.register("ab3")
@@ -70,7 +70,7 @@ class AdamsBashforth3(_AdamsBashforth):
     """
 
     order = 3
-    nodes = 3
+    terms = 3
 
     @property
     def calls(self) -> int:
@@ -81,7 +81,7 @@ class AdamsBashforth3(_AdamsBashforth):
         """Take one step; the first by the midpoint rule."""
         if number:
             return super().step(run, x, number, t, t_next)
-        velocity, middle = run.weighted(run.predict(x, t), t, velocity=1.0), 0.5 * (t + t_next)
+        velocity, middle = run.weighted(run.predict(x, t), t, velocity=1.0), part_way(t, t_next, 0.5)
         run.plan.append(Node(t, velocity))
         half = x.add(velocity, alpha=middle - t)
         return run.combine(x, run.predict(half, middle), middle, velocity=t_next - t)

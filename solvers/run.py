@@ -94,7 +94,7 @@ class Run:
             keep: weight of x itself.
             weights: as ``velocity=dt`` or ``score=…``.
         """
-        if prediction.single and [*weights] == [prediction.kind]:
+        if prediction.single and len(weights) == 1 and prediction.kind in weights:
             return self.add(self.scale(x, keep), prediction.value, weights[prediction.kind])
         terms = {cast("Kind", kind): weight for kind, weight in weights.items() if weight}
         form = prediction.affine(terms, lambda: self.at(t))
@@ -113,7 +113,7 @@ class Run:
 
     def ahead(self, x: Tensor, prediction: Prediction, t: float, **weights: float) -> Tensor:
         """Return x + Σ weight·quantity in memory of its own; x stays as it is."""
-        if prediction.single and [*weights] == [prediction.kind]:
+        if prediction.single and len(weights) == 1 and prediction.kind in weights:
             return x.add(prediction.value, alpha=weights[prediction.kind])
         return self.combine(x.clone(), prediction, t, **weights)
 

@@ -110,6 +110,7 @@ class TorchSDE(StochasticStep):
     def integrate(self, run: Run, x: Tensor) -> Tensor:
         """Hand the noisy steps to the library at once, and take a last step of its own after them."""
         self.plan(run)
+        run.prepare(self.nodes())
         run.visit(x, self.times[0], 0)
         steps = run.steps(self.times)
         if self.noisy_steps:

@@ -91,16 +91,11 @@ class StochasticStep(FixedStep):
         """Return (draws, N, *S); a last step of its own draws none."""
         return (self.noisy_steps * self.draws_per_step, *x.shape)
 
-    def nodes(self) -> list[float]:
-        """Return the times at which a step evaluates g."""
-        return self.times
-
     def plan(self, run: Run) -> None:
-        """Compute g² and the path's coefficients for all times at once."""
+        """Compute g² for all times at once."""
         nodes = self.nodes()
         squared = self.diffusion.squared(torch.tensor(nodes, dtype=torch.float64), run.flow.interpolant)
         run.plan = dict(zip(nodes, squared.tolist(), strict=True))
-        run.prepare(nodes)
 
     def integrate(self, run: Run, x: Tensor) -> Tensor:
         """Walk over the grid."""

@@ -253,7 +253,7 @@ def test_a_network_that_returns_the_same_buffer_or_nothing_finite():
             flow = Flow(backbones.wrap(lambda x, t, b=bad, m=moment: torch.where(t[:, None] < m, b, x)), LINEAR)
             with pytest.raises(SolverError, match="vanishes: the network returns NaN") as caught:
                 build("dopri5")(flow, x)
-            assert caught.value.nfe < 400 and caught.value.t >= min(moment, 1.0) - 1e-6
+            assert caught.value.nfe < 1000 and caught.value.t >= min(moment, 1.0) - 1e-6
 
 
 def test_a_blow_up_and_a_spent_budget_end():
