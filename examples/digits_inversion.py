@@ -13,32 +13,13 @@ import argparse
 from pathlib import Path
 
 import torch
+from digits_model import train
 from torch import Tensor
 
-from pathline import Draws, Flow, backbones, data, interpolants, objectives, solvers
+from pathline import data, solvers
 from pathline.core.flow import BaseFlow
 from pathline.training import checkpoints, sampling
 from pathline.training.pictures import save_grid
-
-
-def train(steps: int, batch: int = 32) -> Flow:
-    """Train a small transformer on digits and their labels."""
-    torch.manual_seed(0)
-    interpolant = interpolants.build("linear")
-    backbone = backbones.build(
-        "sit", input_size=8, patch_size=2, in_channels=1, hidden_size=48, depth=2, num_heads=4, num_classes=10
-    )
-    objective = objectives.build("velocity", interpolant=interpolant)
-    optimizer = torch.optim.Adam(backbone.parameters(), lr=5e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for step, images in enumerate(data.build("digits", split="train").batches(batch, steps=steps, seed=0)):
-        ids = range(step * batch, (step + 1) * batch)
-        loss = objective(backbone, images["data"], Draws(0).at(ids), label=images["label"])
-        optimizer.zero_grad()
-        loss.total.backward()
-        optimizer.step()
-        schedule.step()
-    return Flow(backbone.eval(), interpolant)
 
 
 def load(run: Path) -> BaseFlow:

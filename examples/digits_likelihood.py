@@ -13,34 +13,14 @@ import math
 from pathlib import Path
 
 import torch
+from digits_model import train
 from torch import Tensor
 
-from pathline import Draws, Flow, backbones, data, interpolants, objectives
+from pathline import Flow, data
 from pathline.solvers.likelihood import Dequantization, log_likelihood
 from pathline.training.pictures import save_grid
 
 LEVELS = 17
-
-
-def train(steps: int, batch: int = 32) -> Flow:
-    """Train a small transformer on digits whose levels are filled up with noise."""
-    torch.manual_seed(0)
-    interpolant = interpolants.build("linear")
-    backbone = backbones.build(
-        "sit", input_size=8, patch_size=2, in_channels=1, hidden_size=48, depth=2, num_heads=4, num_classes=10
-    )
-    objective = objectives.build("velocity", interpolant=interpolant)
-    optimizer = torch.optim.Adam(backbone.parameters(), lr=5e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for step, images in enumerate(data.build("digits", split="train").batches(batch, steps=steps, seed=0)):
-        ids = range(step * batch, (step + 1) * batch)
-        filled = Dequantization(LEVELS).apply(images["data"], 0, ids)
-        loss = objective(backbone, filled, Draws(0).at(ids), label=images["label"])
-        optimizer.zero_grad()
-        loss.total.backward()
-        optimizer.step()
-        schedule.step()
-    return Flow(backbone.eval(), interpolant)
 
 
 def bits(flow: Flow, images: Tensor, label: Tensor) -> Tensor:
@@ -64,7 +44,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("--output", type=Path, default=Path("likelihood.png"))
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    flow = train(given.steps)
+    flow = train(given.steps, Dequantization(LEVELS))
     sets = [data.build("digits", split=split) for split in ("train", "held-out")]
     known, held_out = (digits.batch(range(given.count)) for digits in sets)
     images, label = held_out["data"], held_out["label"]

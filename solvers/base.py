@@ -137,6 +137,13 @@ class Solver(ABC):
                 f"got a flow that depends on earlier calls for {type(self).__name__}, which rejects steps; use a "
                 "solver with given steps, or guidance without momentum"
             )
+        for quantity in self.needs:
+            missing = self.evaluated() & {*flow.open_ends(quantity)}
+            if missing:
+                raise OpenEndError(
+                    f"got a solve that evaluates t = {min(missing):g}, where the {type(flow.interpolant).__name__} "
+                    f"path has no {quantity} from a predicted {flow.predicts}; keep start and end away from it"
+                )
         wanted = self.increments_shape(x)
         if increments is None:
             return
@@ -144,6 +151,10 @@ class Solver(ABC):
             raise InputError(f"got increments for {type(self).__name__}, which draws no noise; leave them out")
         if tuple(increments.shape) != wanted:
             raise InputError(f"got increments of shape {tuple(increments.shape)}, expected {wanted}: (draws, N, *S)")
+
+    def evaluated(self) -> set[float]:
+        """Return the ends, and other times known beforehand, at which the network is called."""
+        return {self.start, self.end} if self.evaluates_end else {self.start}
 
     def increments_shape(self, x: Tensor) -> tuple[int, ...] | None:
         """Shape of all normal draws of a solve, (draws, N, *S); None if it draws none."""
@@ -203,17 +214,9 @@ class FixedStep(Solver):
         other.times = self.times[::-1]
         return other
 
-    def check(self, flow: BaseFlow, x: Tensor, increments: Tensor | None) -> None:
-        """Check that the path has what the solver needs at every time that it evaluates."""
-        super().check(flow, x, increments)
-        evaluated = set(self.times if self.evaluates_end else self.times[:-1])
-        for quantity in self.needs:
-            missing = evaluated & set(flow.open_ends(quantity))
-            if missing:
-                raise OpenEndError(
-                    f"got a grid that evaluates t = {min(missing):g}, where the {type(flow.interpolant).__name__} path "
-                    f"has no {quantity} from a predicted {flow.predicts}; keep start and end away from it"
-                )
+    def evaluated(self) -> set[float]:
+        """See ``Solver``: the grid, its end only if it is evaluated."""
+        return set(self.times if self.evaluates_end else self.times[:-1])
 
     def nodes(self) -> list[float]:
         """Return the times that steps look at: the grid, and those inside of steps."""

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from pathline.core.checks import require
-from pathline.core.errors import InputError, OpenEndError, SolverError
-from pathline.core.flow import BaseFlow
+from pathline.core.errors import InputError, SolverError
 from pathline.solvers.base import FixedStep, Solver, registry
 from pathline.solvers.grids import GridSpec, part_way
 from pathline.solvers.run import Run
@@ -231,16 +230,6 @@ class AdaptiveODE(Solver):
     def calls(self) -> None:
         """Network calls of a solve: not known beforehand."""
         return None
-
-    def check(self, flow: BaseFlow, x: Tensor, increments: Tensor | None) -> None:
-        """Check that the path has a velocity at both ends of the solve."""
-        super().check(flow, x, increments)
-        missing = {self.start, self.end} & set(flow.open_ends("velocity"))
-        if missing:
-            raise OpenEndError(
-                f"got a solve that evaluates t = {min(missing):g}, where the {type(flow.interpolant).__name__} path "
-                f"has no velocity from a predicted {flow.predicts}; keep start and end away from it"
-            )
 
     def integrate(self, run: Run, x: Tensor) -> Tensor:
         """Hand both ends to the library, the last as a time on which a step must land."""

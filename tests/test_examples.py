@@ -15,6 +15,12 @@ from pathline.train import main as train_main
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
+@pytest.fixture(autouse=True)
+def beside_each_other(monkeypatch):
+    """A script finds its neighbours; so do the examples here."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+
+
 def main_of(name):
     return runpy.run_path(str(EXAMPLES / name), run_name=name)["main"]
 
@@ -23,6 +29,7 @@ def test_every_example_is_run():
     assert {path.name for path in EXAMPLES.glob("*.py")} == {
         "moons_and_gaussians.py",
         "digits_bridge.py",
+        "digits_model.py",
         "digits_likelihood.py",
         "digits_inversion.py",
         "digits_image_to_image.py",
