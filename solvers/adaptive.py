@@ -82,7 +82,7 @@ class DormandPrince(Solver):
             return x
         marks = torch.linspace(self.start, self.end, self.points + 1, dtype=torch.float64).tolist()
         state = _State.begin(self, run, x)
-        for number, mark in enumerate([*marks[1:-1], self.end]):
+        for number, _, mark in run.steps([*marks[:-1], self.end]):
             while state.advance(self, run, mark):
                 pass
             run.visit(state.x, mark, number)
@@ -183,7 +183,7 @@ def _added(total: Tensor, values: list[Tensor], weights: tuple[float, ...]) -> T
 
 
 def _norm(x: Tensor) -> Tensor:
-    """Root mean square over all but the first dimension, (N,), float64."""
-    rows = x.reshape(len(x), -1)
+    """Root mean square over all but the first dimension, (N,), float64. Step lengths carry no gradient."""
+    rows = x.detach().reshape(len(x), -1)
     size: Tensor = torch.linalg.vector_norm(rows, dim=1).double()
     return size / math.sqrt(max(1, rows.shape[1]))

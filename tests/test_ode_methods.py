@@ -220,6 +220,11 @@ def test_points_are_landed_on_and_change_little(gaussian):
     assert torch.equal(solution.trajectory[-1], solution.x)
 
 
+def test_dopri5_shows_its_progress(capsys):
+    build("dopri5", points=3)(MIXTURE.flow(LINEAR), torch.randn(2, 3), progress=True)
+    assert "3/3" in capsys.readouterr().err
+
+
 def test_dopri5_in_either_precision_and_any_shape():
     for shape in ((3,), (3, 2), (3, 2, 5, 7)):
         for dtype in (torch.float32, torch.float64):
@@ -240,6 +245,10 @@ def test_gradients_through_dopri5(gaussian):
     (gradient,) = torch.autograd.grad(out.sum(), x)
     assert torch.allclose(gradient, torch.full_like(x, 0.5), atol=1e-5)  # the standardised state is constant
     assert not build("dopri5")(exact.flow(), x).requires_grad
+    seen = []
+    watched = Flow(backbones.wrap(lambda x, t: (seen.append(t.requires_grad), exact.velocity(x, t))[1]), exact.path)
+    build("dopri5").solve(watched, x, gradients=True)
+    assert seen and not any(seen)  # times and step lengths carry no gradient
 
 
 def test_a_network_that_returns_the_same_buffer_or_nothing_finite():
