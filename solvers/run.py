@@ -63,6 +63,7 @@ class Run:
     plan: Any = None
     _coefficients: dict[float, Coefficients] = field(default_factory=dict)
     _clock: dict[float, Tensor] = field(default_factory=dict)
+    _scratch: Tensor | None = None
 
     def predict(self, x: Tensor, t: float) -> Prediction:
         """Call the network once at one time for all samples."""
@@ -112,9 +113,11 @@ class Run:
         return self.add(x, prediction.value, form[1])
 
     def ahead(self, x: Tensor, prediction: Prediction, t: float, **weights: float) -> Tensor:
-        """Return x + Σ weight·quantity in memory of its own; x stays as it is."""
+        """Return x + Σ weight·quantity; x stays as it is, and the result does until the next call of this method."""
         if prediction.single and len(weights) == 1 and prediction.kind in weights:
-            return x.add(prediction.value, alpha=weights[prediction.kind])
+            weight, room = weights[prediction.kind], None if self.gradients else self._scratch
+            self._scratch = torch.add(x, prediction.value, alpha=weight, out=room)
+            return self._scratch
         return self.combine(x.clone(), prediction, t, **weights)
 
     def weighted(self, prediction: Prediction, t: float, **weights: float) -> Tensor:
