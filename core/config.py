@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, WrapValidator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from pathline import backbones, data, interpolants, objectives, solvers
 from pathline.core import overrides
 from pathline.core.errors import ConfigurationError, PathlineError, suggest
 from pathline.core.registry import Entry, Registry
+from pathline.core.sections import Checkpoint, Ema, Guard, Log, Optim, Sample, Section, Train
 from pathline.solvers import guidance
 
 __all__ = ["Component", "Configuration", "differences", "load", "resolve"]
@@ -27,91 +28,6 @@ def _named(value: Any) -> Any:
 Component = Annotated[dict[str, Any], BeforeValidator(_named)]
 """``{name, **options}``; a bare name is one without options."""
 
-Positive = Annotated[int, Field(ge=1, strict=True)]
-Natural = Annotated[int, Field(ge=0, strict=True)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-
-
-class Section(BaseModel):
-    """A section; entries that it does not have are errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class Optim(Section):
-    """AdamW. Defaults are those of the DeepFlow paper: a constant 1e-4, no decay, clipping at 1."""
-
-    lr: Annotated[float, Field(gt=0)] = 1e-4
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    warmup_steps: Natural = 0
-    schedule: Literal["constant", "cosine"] = "constant"
-    final_lr_fraction: Fraction = 0.0
-    clip: Annotated[float, Field(gt=0)] | None = 1.0
-
-
-class Ema(Section):
-    """Exponential moving average of the weights: decay min(decay, (1 + i)/(10 + i)) at update i, or constant."""
-
-    decay: Annotated[float, Field(ge=0, lt=1)] = 0.9999
-    warmup: bool = True
-
-
-class Train(Section):
-    """Length, folder and scale; ``global_batch`` is over all devices, ``micro_batch`` what one takes at once."""
-
-    steps: Positive
-    folder: str
-    stop_at: Positive | None = None
-    seed: Natural = 0
-    global_batch: Positive = 256
-    micro_batch: Positive | None = None
-    threads: Positive | None = 1
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    devices: Positive = 1
-    num_nodes: Positive = 1
-    initialize_from: str | None = None
-
-
-class Log(Section):
-    """How often, in steps, a row is written and a picture drawn (None: at the end alone).
-
-    A row gives the loss over ``time_bins`` equal bins of t; 0 leaves it out.
-    """
-
-    every: Positive = 100
-    pictures_every: Positive | None = None
-    time_bins: Natural = 10
-
-
-class Checkpoint(Section):
-    """How often, in steps, a checkpoint is written, and how many of the newest are kept."""
-
-    every: Positive = 1000
-    keep: Positive = 3
-
-
-def _labels(value: Any, check: Callable[[Any], Any]) -> Any:
-    try:
-        return check(value)
-    except ValidationError:  # one message in the place of one for each type
-        raise ValueError("expected balanced, random, none, a class, or a list of classes") from None
-
-
-Labels = Annotated[Literal["balanced", "random", "none"] | Natural | list[Natural], WrapValidator(_labels)]
-
-
-class Sample(Section):
-    """What ``sample.py`` draws; labels are balanced (i mod classes), random, none (the null label), or given."""
-
-    count: Positive = 100
-    labels: Labels = "balanced"
-    seed: Natural = 0
-    batch: Positive = 250
-    output: str | None = None
-
 
 class Configuration(Section):
     """All sections of a run."""
@@ -122,6 +38,7 @@ class Configuration(Section):
     objective: Component
     optim: Optim = Optim()
     ema: Ema = Ema()
+    guard: Guard = Guard()
     train: Train
     solver: Component
     guidance: list[Component] = Field(default_factory=list)
@@ -276,7 +193,31 @@ def _contradictions(c: Configuration) -> Iterator[str]:
         yield f"train.micro_batch: got {train.micro_batch}, more than a device's share {train.global_batch // workers}"
     if train.stop_at is not None and train.stop_at > train.steps:
         yield f"train.stop_at: got {train.stop_at}, after the last step {train.steps}"
-    if c.optim.warmup_steps > train.steps:
-        yield f"optim.warmup_steps: got {c.optim.warmup_steps}, more than train.steps {train.steps}"
-    if c.optim.schedule == "constant" and c.optim.final_lr_fraction:
-        yield f"optim.final_lr_fraction: got {c.optim.final_lr_fraction} beside a constant schedule; use cosine"
+    if train.strategy == "fsdp" and train.precision == "fp16":
+        yield "train.strategy: got fsdp with precision fp16, whose loss scale it cannot share; use bf16, or ddp"
+    if train.strategy != "auto" and workers == 1:
+        yield f"train.strategy: got {train.strategy} for one device; leave it out, or set train.devices"
+    yield from _optimizer_contradictions(c.optim, train.steps)
+    yield from _average_contradictions(c)
+
+
+def _optimizer_contradictions(optim: Optim, steps: int) -> Iterator[str]:
+    if optim.warmup_steps > steps:
+        yield f"optim.warmup_steps: got {optim.warmup_steps}, more than train.steps {steps}"
+    if optim.schedule == "constant" and optim.final_lr_fraction:
+        yield f"optim.final_lr_fraction: got {optim.final_lr_fraction} beside a constant schedule; use cosine"
+    if optim.name != "muon" and optim.muon_momentum != Optim().muon_momentum:
+        yield f"optim.muon_momentum: got {optim.muon_momentum} for {optim.name}; use optim.name=muon"
+
+
+def _average_contradictions(c: Configuration) -> Iterator[str]:
+    ema = c.ema
+    names = ema.names
+    if not names:
+        yield "ema.decay: got none, and no ema.lengths; samples are drawn with an average, so give one of them"
+    if len(set(names)) < len(names):
+        yield f"ema.lengths: got {list(ema.lengths)}, equal to three decimals; leave one out"
+    if ema.snapshot_every is not None and len(ema.lengths) < 2:
+        yield f"ema.snapshot_every: got {ema.snapshot_every} with {len(ema.lengths)} ema.lengths; give two or more"
+    if c.sample.average is not None and c.sample.average not in names:
+        yield f"sample.average: got {c.sample.average!r}; {suggest(c.sample.average, names)}"

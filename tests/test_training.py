@@ -19,8 +19,9 @@ from PIL import Image
 from torch import nn
 
 from pathline import Draws
-from pathline.core.config import Ema, Optim, resolve
+from pathline.core.config import resolve
 from pathline.core.errors import CheckpointError
+from pathline.core.sections import Ema, Optim
 from pathline.training import Interrupted, Trainer, sampling
 from pathline.training.ema import Average
 from pathline.training.guard import guarded_step

@@ -7,7 +7,7 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
-from pathline.core.config import Ema
+from pathline.core.sections import Ema
 
 __all__ = ["Average"]
 

@@ -10,9 +10,10 @@ from lightning_fabric import Fabric
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from pathline.core.config import Configuration, Train
+from pathline.core.config import Configuration
 from pathline.core.draws import Draws
 from pathline.core.errors import ConfigurationError
+from pathline.core.sections import Train
 from pathline.training import checkpoints, sampling
 from pathline.training.guard import guarded_step
 from pathline.training.interrupt import Interrupt

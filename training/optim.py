@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.optim import AdamW
 
-from pathline.core.config import Optim
+from pathline.core.sections import Optim
 
 __all__ = ["build_optimizer", "learning_rate"]
 
