@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import hypothesis
 import pytest
@@ -38,6 +39,15 @@ def pytest_collection_modifyitems(items) -> None:
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(20250314)
+
+
+@pytest.fixture
+def processes() -> Callable[..., Any]:
+    """``run_processes`` of tests/processes.py, which no test can import by name."""
+    spec = importlib.util.spec_from_file_location("processes", ROOT / "tests" / "processes.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.run_processes
 
 
 class Case(NamedTuple):
