@@ -10,12 +10,14 @@ __all__ = [
     "ConfigurationError",
     "ConvergenceError",
     "DataError",
+    "DivergedError",
     "InputError",
     "InputTypeError",
     "MissingPackageError",
     "OpenEndError",
     "PathlineError",
     "PluginError",
+    "ProcessError",
     "SolverError",
     "UnknownNameError",
     "UnknownOptionError",
@@ -70,6 +72,14 @@ class ConvergenceError(PathlineError, RuntimeError):
 
 class CheckpointError(PathlineError, ValueError):
     """A checkpoint that is missing, damaged, or belongs to another configuration."""
+
+
+class ProcessError(PathlineError, RuntimeError):
+    """Another process of the run is gone, or has been silent for too long."""
+
+
+class DivergedError(PathlineError, RuntimeError):
+    """Training that no roll-back could save: its numbers are not finite, or its loss keeps jumping."""
 
 
 class WeightsError(PathlineError, ValueError):
