@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from pathline.core.errors import CheckpointError
-from pathline.training import checkpoints
+from pathline.training import checkpoints, manifest
 from pathline.training.checkpoints import Snapshot, check_tensors, find, latest, read, verify, write
 
 FILES = ["ema.safetensors", "model.safetensors", "optim.safetensors", "state.json"]
@@ -31,7 +31,7 @@ def test_what_is_written_is_read_back(tmp_path):
     path = write(tmp_path, 3000, snapshot(2.5), keep=3)
     assert path == tmp_path / "step-000003000"
     back = read(path)
-    assert back.state == {"format": 1, "step": 3000, "position": 7}
+    assert back.state == {"format": 2, "step": 3000, "good": True, "position": 7}
     for group, tensors in snapshot(2.5).tensors.items():
         for name, tensor in tensors.items():
             assert torch.equal(back.tensors[group][name], tensor)
@@ -50,7 +50,7 @@ def test_the_manifest_holds_size_and_sha256_of_every_other_file(tmp_path):
 def test_order_of_writing(tmp_path, monkeypatch):
     """Every file reaches the disk before the manifest is written, all before the rename, the parent after it."""
     events = []
-    sync, rename = checkpoints._sync, Path.rename
+    sync, rename = manifest.sync, Path.rename
 
     def record_sync(path):
         events.append(path.name if path.is_file() else ("parent" if path == tmp_path else "folder"))
@@ -58,7 +58,8 @@ def test_order_of_writing(tmp_path, monkeypatch):
             assert not (path.parent / "manifest.json").exists()
         sync(path)
 
-    monkeypatch.setattr(checkpoints, "_sync", record_sync)
+    for module in (checkpoints, manifest):
+        monkeypatch.setattr(module, "sync", record_sync)
     monkeypatch.setattr(Path, "rename", lambda old, new: (events.append("rename"), rename(old, new))[1])
     write(tmp_path, 5, snapshot(), keep=3)
     assert events == [*FILES, "manifest.json", "folder", "rename", "parent"]
@@ -96,7 +97,7 @@ def test_a_failed_write_leaves_the_others_and_no_trace(tmp_path, monkeypatch):
     def full(path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoints, "_sync", full)
+    monkeypatch.setattr(manifest, "sync", full)
     with pytest.raises(OSError, match="No space left"):
         write(tmp_path, 5, snapshot(), keep=1)
     assert names(tmp_path) == ["step-000000003"]
@@ -152,7 +153,7 @@ def edit(**changes):
         (lambda path: path.write_text("[]"), "a manifest.json that cannot be read"),
         (edit(format=9), "format 9"),
         (edit(step=4), "the manifest of step 4"),
-        (edit(files={}), "a manifest that names only"),
+        (edit(files={}), "a manifest.json that names only"),
         (edit(files={name: {} for name in FILES}), "a manifest.json that cannot be read"),
         (edit(files={**{name: {} for name in FILES}, "../x": {}}), "that cannot be read"),
     ],

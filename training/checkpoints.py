@@ -1,96 +1,154 @@
 """Checkpoints: folders of safetensors and JSON, written beside, hashed, and renamed whole.
 
-``step-000003000/`` holds ``model.safetensors``, ``ema.safetensors``, ``optim.safetensors``, ``state.json`` and, written
-last, ``manifest.json`` with size and SHA-256 of each. Nothing is unpickled, and nothing is read before its hash is
-verified.
+``step-000003000/`` holds ``model.safetensors``, ``optim.safetensors``, one file for each average, as
+``ema.safetensors``, and ``state.json``; ``manifest.json``, written last, has size and SHA-256 of each. A group of
+tensors that is sharded over devices is a folder ``model/`` of such files. Nothing is unpickled, and nothing is read
+before its hash is verified.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pathline.core.errors import CheckpointError
+from pathline.training.manifest import (
+    FORMAT,
+    MANIFEST,
+    STATE,
+    SUFFIX,
+    Manifest,
+    check_files,
+    parse,
+    problem,
+    read_manifest,
+    sync,
+    write_manifest,
+)
 
-__all__ = ["Snapshot", "check_tensors", "find", "latest", "read", "set_aside_after", "verify", "write"]
+__all__ = [
+    "Keep",
+    "Snapshot",
+    "check_tensors",
+    "find",
+    "finish",
+    "latest",
+    "path_of",
+    "prune",
+    "read",
+    "set_aside_after",
+    "verify",
+    "write",
+]
 
-FORMAT = 1
-MANIFEST, STATE = "manifest.json", "state.json"
+STEP = re.compile(r"step-[0-9]{9,}")
 Tensors = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a checkpoint holds: named groups of tensors, and scalars fit for JSON."""
+    """What a checkpoint holds: named groups of tensors, and scalars fit for JSON.
+
+    Attributes:
+        tensors: by group and name.
+        state: ``good``, True where it is missing, tells that no streak of skipped steps was under way.
+    """
 
     tensors: Mapping[str, Tensors]
     state: Mapping[str, Any]
 
 
-def write(folder: Path, step: int, snapshot: Snapshot, keep: int) -> Path:
-    """Write the checkpoint of a step and delete all but the newest ``keep``.
+class Keep(NamedTuple):
+    """Which checkpoints stay: the newest ``last``, those of steps divisible by ``every``, and the newest good one."""
+
+    last: int
+    every: int | None = None
+
+
+def write(folder: Path, step: int, snapshot: Snapshot, keep: Keep | int) -> Path:
+    """Write the checkpoint of a step and delete those that need not be kept.
 
     An existing valid checkpoint of the step is left as it is.
 
     Raises:
         OSError: the disk is full or read-only; older checkpoints are whole.
+        CheckpointError: what lies on the disk has another size than what was written; older checkpoints are whole.
     """
-    final = folder / f"step-{step:09d}"
-    if final.exists() and not _problem(final):
+    final = path_of(folder, step)
+    if final.exists() and not problem(final):
         return final
+    _make(folder)
     temporary = folder / f".writing-{step:09d}-{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
+        temporary.mkdir()
         for name, tensors in snapshot.tensors.items():
-            save_file(
-                {key: value.detach().contiguous() for key, value in tensors.items()}, temporary / f"{name}.safetensors"
-            )
-        state = {"format": FORMAT, "step": step, **snapshot.state}
-        (temporary / STATE).write_text(json.dumps(state, indent=1))
-        files = {path.name: _describe(path) for path in sorted(temporary.iterdir())}
-        for name in files:
-            _sync(temporary / name)
-        (temporary / MANIFEST).write_text(json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1))
-        _sync(temporary / MANIFEST)
-        _sync(temporary)
-        if final.exists():  # damaged: kept as evidence, out of the way
-            _rename_aside(final, "damaged")
-        temporary.rename(final)
-        _sync(folder)
+            _save(tensors, temporary / f"{name}{SUFFIX}")
+        finish(temporary, final, step, snapshot.state, bool(snapshot.state.get("good", True)))
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    _prune(folder, keep)
+    prune(folder, keep if isinstance(keep, Keep) else Keep(keep))
+    return final
+
+
+def finish(temporary: Path, final: Path, step: int, state: Mapping[str, Any], good: bool) -> Path:
+    """Turn a folder of tensors into the checkpoint ``final``, beside which it lies: add the state, hash, and rename.
+
+    Args:
+        temporary: holds a file ``<group>.safetensors`` or a folder ``<group>/`` for each group, all closed.
+        final: its name to be; a damaged checkpoint of this name is renamed.
+        step: of the checkpoint.
+        state: scalars fit for JSON.
+        good: whether a run may be set back to it, as no streak of skipped steps was under way.
+
+    Raises:
+        OSError: the disk is full or read-only.
+        CheckpointError: what lies on the disk is not what was written, or is no checkpoint's; nothing was renamed.
+    """
+    head = {"format": FORMAT, "step": step, "good": good}
+    (temporary / STATE).write_text(json.dumps({**head, **state, **head}, indent=1))
+    write_manifest(temporary, step, good=good)
+    check_files(temporary, read_manifest(temporary), hashes=False)
+    if final.exists():  # damaged: kept as evidence, out of the way
+        _rename_aside(final, "damaged")
+    temporary.rename(final)
+    sync(final.parent)
     return final
 
 
 def read(path: Path) -> Snapshot:
-    """Verify a checkpoint and read it into memory.
+    """Verify a checkpoint and read it into memory; one of format 1 as if it were of today's.
 
     Raises:
         CheckpointError: a file is missing, damaged or of another size, or the format is unknown; it is named.
     """
-    verify(path)
-    state = json.loads((path / STATE).read_text())
-    tensors = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
-    return Snapshot(tensors, state)
+    manifest = verify(path)
+    state = parse(path / STATE)
+    if (state.get("format"), state.get("step")) != (manifest.format, manifest.step):
+        raise CheckpointError(f"got {STATE} of another step or format in {path}; use another checkpoint")
+    if manifest.format == 1:
+        updates = manifest.step - int(state.get("skipped", 0))
+        state = {"good": True, "passed": 0, "rollbacks": 0, "averages": {"updates": updates}, **state}
+    return Snapshot({group: _load(path, group) for group in manifest.groups}, state)
 
 
-def verify(path: Path) -> None:
-    """Raise CheckpointError unless every file of the manifest is there, whole."""
-    problem = _problem(path)
-    if problem:
-        raise CheckpointError(f"got {problem} in {path}; use another checkpoint")
+def verify(path: Path) -> Manifest:
+    """Return the manifest of a checkpoint; raise CheckpointError unless all of its files are there, whole."""
+    found = problem(path)
+    if found:
+        raise CheckpointError(f"got {found} in {path}; use another checkpoint")
+    return read_manifest(path)
 
 
 def find(path: Path, warn: Callable[[str], None] = warnings.warn) -> Path:
@@ -107,21 +165,44 @@ def find(path: Path, warn: Callable[[str], None] = warnings.warn) -> Path:
     return found
 
 
-def latest(folder: Path, warn: Callable[[str], None]) -> Path | None:
-    """Return the newest valid checkpoint, or None; each newer one that is damaged is named in a warning."""
+def latest(folder: Path, warn: Callable[[str], None], good: bool = False) -> Path | None:
+    """Return the newest valid checkpoint, or None; each newer one that is damaged is named in a warning.
+
+    Args:
+        folder: of the checkpoints.
+        warn: takes the warnings.
+        good: whether to pass over those written during a streak of skipped steps.
+    """
     for path in reversed(_steps(folder)):
-        problem = _problem(path)
-        if not problem:
+        found = problem(path)
+        if found:
+            warn(f"{path} is left aside: {found}")
+        elif not good or read_manifest(path).good:
             return path
-        warn(f"{path} is left aside: {problem}")
     return None
 
 
 def set_aside_after(folder: Path, step: int) -> None:
     """Rename the checkpoints of later steps, of a history that a resume from ``step`` leaves."""
-    for path in _steps(folder):
-        if int(path.name[5:]) > step:
-            _rename_aside(path, "superseded")
+    late = [path for path in _steps(folder) if _step(path) > step]
+    for path in late:
+        _rename_aside(path, "superseded")
+    if late:
+        sync(folder)
+
+
+def prune(folder: Path, keep: Keep) -> None:
+    """Delete the valid checkpoints that need not be kept; damaged ones are evidence and stay."""
+    valid = [path for path in _steps(folder) if not problem(path, hashes=False)]
+    kept = valid[-keep.last :] + [path for path in valid if read_manifest(path).good][-1:]
+    for path in valid:
+        if path not in kept and not (keep.every and _step(path) % keep.every == 0):
+            shutil.rmtree(path.rename(folder / f".deleting-{path.name}-{os.getpid()}"))  # whole, or out of sight
+
+
+def path_of(folder: Path, step: int) -> Path:
+    """Return where the checkpoint of a step lies."""
+    return folder / f"step-{step:09d}"
 
 
 def check_tensors(ours: Tensors, theirs: Tensors, what: str) -> None:
@@ -138,63 +219,50 @@ def check_tensors(ours: Tensors, theirs: Tensors, what: str) -> None:
         raise CheckpointError(f"got {what} that do not fit the network: {'; '.join(listed + changed[:4])}")
 
 
+def _save(tensors: Tensors, path: Path) -> None:
+    """Write a group; safetensors takes no two tensors of one storage, as tied weights are: these are copied."""
+    seen: set[int] = set()
+    whole = {}
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage().data_ptr()
+        whole[name] = tensor.detach().clone() if storage in seen else tensor.detach().contiguous()
+        seen.add(storage)
+    try:
+        save_file(whole, path)
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from error
+
+
+def _load(path: Path, group: str) -> Tensors:
+    file = path / f"{group}{SUFFIX}"
+    if not file.is_file():
+        from pathline.training import sharded  # which is built on this module
+
+        return sharded.read_full(path / group)
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise CheckpointError(f"got {file.name} in {path}, which is no safetensors file: {error}") from error
+
+
 def _rename_aside(path: Path, why: str) -> None:
-    number = len(list(path.parent.glob(f"{why}-{path.name}-*"))) + 1
-    path.rename(path.parent / f"{why}-{path.name}-{number}")
+    number = 1
+    while (aside := path.parent / f"{why}-{path.name}-{number}").exists():
+        number += 1
+    path.rename(aside)
 
 
 def _steps(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("step-*") if path.is_dir() and path.name[5:].isdecimal())
+    return sorted((path for path in folder.glob("step-*") if path.is_dir() and STEP.fullmatch(path.name)), key=_step)
 
 
-def _prune(folder: Path, keep: int) -> None:
-    """Delete all but the newest ``keep`` valid checkpoints; damaged ones are evidence and stay."""
-    valid = [path for path in _steps(folder) if not _problem(path, hashes=False)]
-    for path in valid[:-keep]:
-        shutil.rmtree(path)
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
-def _problem(path: Path, *, hashes: bool = True) -> str | None:
-    """Say what is wrong with a checkpoint; None if nothing is."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        if manifest["format"] != FORMAT:
-            return f"format {manifest['format']}, of which version {FORMAT} is known"
-        files: dict[str, dict[str, Any]] = manifest["files"]
-        if f"step-{manifest['step']:09d}" != path.name:
-            return f"the manifest of step {manifest['step']}"
-        if not {"model.safetensors", "ema.safetensors", "optim.safetensors", STATE} <= files.keys():
-            return f"a manifest that names only {', '.join(sorted(files))}"
-        for name, wanted in files.items():
-            if Path(name).name != name:
-                return f"a manifest that names {name!r}"
-            file = path / name
-            if not file.is_file():
-                return f"no file {name}"
-            if file.stat().st_size != wanted["bytes"]:
-                return f"{name} of {file.stat().st_size} bytes, expected {wanted['bytes']}"
-            if hashes and _hash(file) != wanted["sha256"]:
-                return f"{name} with other contents than its hash"
-    except FileNotFoundError:
-        return f"no {MANIFEST}"
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return f"a {MANIFEST} that cannot be read"
-    return None
-
-
-def _describe(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": _hash(path)}
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Force a file, or a folder's entries, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _make(folder: Path) -> None:
+    """Make a folder and its parents, durably."""
+    if not folder.is_dir():
+        _make(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync(folder.parent)
