@@ -50,10 +50,10 @@ class Averages:
         The count stays.
 
         Raises:
-            InputError: its parameters have other names than the tracks'.
+            InputError: its parameters have other names or shapes than the tracks'.
         """
-        trained = dict(network.named_parameters())
-        self._trained = [_local(p) for p in trained.values()]
+        trained = {name: _local(p) for name, p in network.named_parameters()}
+        self._trained = list(trained.values())
         self._float32 = all(p.dtype == torch.float32 for p in self._trained)
         self._averaged = [self._paired(track, trained) for track in self.tracks.values()]
         self._buffers = [
@@ -69,11 +69,16 @@ class Averages:
         self._least = None if self.settings.decay is None else torch.tensor(1 - self.settings.decay, device=device)
 
     def _paired(self, track: nn.Module, trained: Mapping[str, Tensor]) -> list[Tensor]:
-        averaged = dict(track.named_parameters())
-        if averaged.keys() != trained.keys():
-            different = sorted(averaged.keys() ^ trained.keys())
-            raise InputError(f"got a network to average with other parameters than its averages: {different[:3]}")
-        return [_local(averaged[name]) for name in trained]
+        """Return the averaged tensors in the order of the trained ones; the fused update checks no shapes."""
+        averaged = {name: _local(p) for name, p in track.named_parameters()}
+        ours, theirs = ({(name, *p.shape) for name, p in each.items()} for each in (averaged, trained))
+        if ours != theirs:
+            different = ", ".join(sorted({f"{name} {tuple(shape)}" for name, *shape in ours ^ theirs})[:4])
+            raise InputError(
+                f"got a network whose parameters differ from those of its averages in {different}; follow the network "
+                "that they are copies of, without a wrapper, and cut all up alike"
+            )
+        return [averaged[name] for name in trained]
 
     @torch.no_grad()
     def update(self, kept: Tensor) -> None:
@@ -104,7 +109,7 @@ class Averages:
             )
         taken = kept.bool()
         for copy, buffer in self._buffers:
-            torch.where(taken, buffer, copy, out=copy)
+            torch.where(taken, buffer.to(copy.dtype), copy, out=copy)
 
     def _weights(self) -> list[Tensor]:
         """Return the weight of the trained weights in each track at the present update."""
@@ -124,10 +129,12 @@ class Averages:
         Raises:
             UnknownNameError: there is none of this name, or none at all.
         """
-        found = next(iter(self.tracks.values()), None) if name is None else self.tracks.get(name)
-        if found is None:
-            raise UnknownNameError(f"got average {name!r}; {suggest(name or '', self.tracks)}")
-        return found
+        if not self.tracks:
+            raise UnknownNameError("got a run without averages; set ema.decay or ema.lengths")
+        name = next(iter(self.tracks)) if name is None else name
+        if name not in self.tracks:
+            raise UnknownNameError(f"got average {name!r}, {suggest(name, self.tracks)}")
+        return self.tracks[name]
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Return the live tensors of each track."""
