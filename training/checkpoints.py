@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pathline.core.errors import CheckpointError
+from pathline.training.folder import make_folder
 from pathline.training.manifest import (
     FORMAT,
     MANIFEST,
@@ -88,7 +89,7 @@ def write(folder: Path, step: int, snapshot: Snapshot, keep: Keep | int) -> Path
     final = path_of(folder, step)
     if final.exists() and not problem(final):
         return final
-    _make(folder)
+    make_folder(folder)
     temporary = folder / f".writing-{step:09d}-{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -258,11 +259,3 @@ def _steps(folder: Path) -> list[Path]:
 
 def _step(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
-
-
-def _make(folder: Path) -> None:
-    """Make a folder and its parents, durably."""
-    if not folder.is_dir():
-        _make(folder.parent)
-        folder.mkdir(exist_ok=True)
-        sync(folder.parent)
