@@ -8,6 +8,7 @@ before its hash is verified.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -22,8 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pathline.core.errors import CheckpointError
-from pathline.training.folder import make_folder
+from pathline.core.errors import CheckpointError, suggest
 from pathline.training.manifest import (
     FORMAT,
     MANIFEST,
@@ -31,6 +31,7 @@ from pathline.training.manifest import (
     SUFFIX,
     Manifest,
     check_files,
+    make_folder,
     parse,
     problem,
     read_manifest,
@@ -44,10 +45,13 @@ __all__ = [
     "check_tensors",
     "find",
     "finish",
+    "hash_of",
     "latest",
     "path_of",
     "prune",
     "read",
+    "read_group",
+    "read_state",
     "set_aside_after",
     "verify",
     "write",
@@ -77,7 +81,7 @@ class Keep(NamedTuple):
     every: int | None = None
 
 
-def write(folder: Path, step: int, snapshot: Snapshot, keep: Keep | int) -> Path:
+def write(folder: Path, step: int, snapshot: Snapshot, keep: Keep) -> Path:
     """Write the checkpoint of a step and delete those that need not be kept.
 
     An existing valid checkpoint of the step is left as it is.
@@ -99,7 +103,7 @@ def write(folder: Path, step: int, snapshot: Snapshot, keep: Keep | int) -> Path
         finish(temporary, final, step, snapshot.state, bool(snapshot.state.get("good", True)))
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    prune(folder, keep if isinstance(keep, Keep) else Keep(keep))
+    prune(folder, keep)
     return final
 
 
@@ -134,14 +138,43 @@ def read(path: Path) -> Snapshot:
     Raises:
         CheckpointError: a file is missing, damaged or of another size, or the format is unknown; it is named.
     """
+    state = read_state(path)
+    return Snapshot({group: read_group(path, group) for group in read_manifest(path).groups}, state)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Verify a checkpoint and return its scalars; raises as ``read``."""
     manifest = verify(path)
     state = parse(path / STATE)
     if (state.get("format"), state.get("step")) != (manifest.format, manifest.step):
         raise CheckpointError(f"got {STATE} of another step or format in {path}; use another checkpoint")
     if manifest.format == 1:
+        counters = {"passed": 0, "streak": 0, "rollbacks": 0}
         updates = manifest.step - int(state.get("skipped", 0))
-        state = {"good": True, "passed": 0, "rollbacks": 0, "averages": {"updates": updates}, **state}
-    return Snapshot({group: _load(path, group) for group in manifest.groups}, state)
+        # the means of the open window of the log were kept in another way: they are left out
+        rest = {"averages": {"updates": updates}, "guard": {}, "window": {"names": [], "plain": None, "records": []}}
+        state = {"good": True, **state, **counters, **rest}
+    return state
+
+
+def read_group(path: Path, group: str) -> Tensors:
+    """Return a group of tensors, whole, of a checkpoint that has been verified.
+
+    Raises:
+        CheckpointError: there is no such group.
+    """
+    known = read_manifest(path).groups
+    if group not in known:
+        raise CheckpointError(f"got no group {group!r} in {path}; {suggest(group, known)}")
+    file = path / f"{group}{SUFFIX}"
+    if not file.is_file():
+        from pathline.training import sharded  # which is built on this module
+
+        return sharded.read_full(path / group)
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise CheckpointError(f"got {file.name} in {path}, which is no safetensors file: {error}") from error
 
 
 def verify(path: Path) -> Manifest:
@@ -150,6 +183,15 @@ def verify(path: Path) -> Manifest:
     if found:
         raise CheckpointError(f"got {found} in {path}; use another checkpoint")
     return read_manifest(path)
+
+
+def hash_of(path: Path, group: str) -> str:
+    """Return the SHA-256 that the manifest has of a group's file; of shards that of their names and hashes."""
+    files = read_manifest(path).files
+    if f"{group}{SUFFIX}" in files:
+        return files[f"{group}{SUFFIX}"].sha256
+    shards = {name: entry.sha256 for name, entry in sorted(files.items()) if name.startswith(f"{group}/")}
+    return hashlib.sha256(json.dumps(shards).encode()).hexdigest()
 
 
 def find(path: Path, warn: Callable[[str], None] = warnings.warn) -> Path:
@@ -232,18 +274,6 @@ def _save(tensors: Tensors, path: Path) -> None:
         save_file(whole, path)
     except SafetensorError as error:
         raise OSError(f"{path}: {error}") from error
-
-
-def _load(path: Path, group: str) -> Tensors:
-    file = path / f"{group}{SUFFIX}"
-    if not file.is_file():
-        from pathline.training import sharded  # which is built on this module
-
-        return sharded.read_full(path / group)
-    try:
-        return load_file(file)
-    except SafetensorError as error:
-        raise CheckpointError(f"got {file.name} in {path}, which is no safetensors file: {error}") from error
 
 
 def _rename_aside(path: Path, why: str) -> None:

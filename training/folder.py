@@ -12,9 +12,9 @@ import warnings
 from pathlib import Path
 
 from pathline.core.errors import CheckpointError
-from pathline.training.manifest import sync
+from pathline.training.manifest import make_folder
 
-__all__ = ["RunFolder", "make_folder"]
+__all__ = ["RunFolder"]
 
 LEFTOVERS = ("*/.writing-*", "*/.deleting-*")  # in the folders of checkpoints and of averages
 UNKNOWN = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -96,14 +96,6 @@ class RunFolder:
                     f"got {folder} on a disk with {free / 2**20:,.0f} MiB free, expected {1.2 * needed / 2**20:,.0f} "
                     "MiB for one checkpoint and a fifth; make room, or name another train.folder"
                 )
-
-
-def make_folder(path: Path) -> None:
-    """Make a folder and its parents, and force their entries to the disk."""
-    if not path.is_dir():
-        make_folder(path.parent)
-        path.mkdir(exist_ok=True)
-        sync(path.parent)
 
 
 def _check_writable(folder: Path, nearest: Path) -> None:

@@ -27,6 +27,7 @@ __all__ = [
     "SUFFIX",
     "Manifest",
     "check_files",
+    "make_folder",
     "parse",
     "problem",
     "read_manifest",
@@ -164,6 +165,14 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and its parents, and force their entries to the disk."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        sync(path.parent)
 
 
 def _groups(names: Iterable[str]) -> set[str]:
