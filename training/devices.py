@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 from lightning_fabric import Fabric
-from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from lightning_fabric.strategies.ddp import DDPStrategy
+from lightning_fabric.strategies.model_parallel import ModelParallelStrategy
+from lightning_fabric.strategies.strategy import Strategy
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -18,7 +22,7 @@ from pathline.core.errors import ConfigurationError, PathlineError, ProcessError
 from pathline.core.sections import Train
 from pathline.training.network import shard
 
-__all__ = ["Agreement", "check_machine", "launch", "make_fabric"]
+__all__ = ["Agreement", "check_machine", "garbage_on_schedule", "launch", "make_fabric"]
 
 T = TypeVar("T")
 PRECISIONS: dict[str, Literal["32-true", "bf16-mixed", "16-mixed"]] = {
@@ -89,6 +93,19 @@ def _strategy(train: Train) -> str | Strategy:
 
 def _shard(network: nn.Module, mesh: DeviceMesh) -> nn.Module:
     return shard(network, mesh["data_parallel"])
+
+
+@contextmanager
+def garbage_on_schedule() -> Iterator[None]:
+    """Let Python collect garbage only when told to: by itself, each process would pause at times of its own."""
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class Agreement:

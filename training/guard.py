@@ -1,40 +1,103 @@
-"""One optimizer step, or none: a gradient that is not finite changes nothing, and no device is read to know it."""
+"""Whether a step is taken or skipped: decided on the device, without reading it."""
 
 from __future__ import annotations
 
-from lightning_fabric import Fabric
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from torch.optim import AdamW
 
-__all__ = ["guarded_step"]
+from pathline.core.sections import Guard as Settings
+
+__all__ = ["Guard", "clipped_norm", "reason"]
+
+HORIZON = 100  # steps over which the means of the loss run, and before which no jump is looked for
+LARGEST = torch.finfo(torch.float32).max  # all but NaN and infinity are below
 
 
-def guarded_step(fabric: Fabric, optimizer: AdamW, clip: float | None) -> tuple[Tensor, Tensor]:
-    """Clip and step, unless the gradient's norm is not finite.
+class Guard:
+    """Decides over steps by their numbers, and follows the loss of those taken.
 
-    After a data-parallel backward every rank holds the same gradient, so that all decide alike.
+    It is done by a few tiny kernels on the device, alike in every process, since what they see is alike.
 
     Args:
-        fabric: knows the precision, and with fp16 the loss scale.
-        optimizer: a fused one, which skips its step on the device by ``found_inf``.
-        clip: largest norm; None does not clip.
-
-    Returns:
-        The norm before clipping, and 1 if the step was taken, 0 if it was skipped; both 0-dimensional, on the device.
+        device: where the numbers lie.
+        settings: how high a loss counts as a jump.
     """
-    scaler = getattr(fabric.strategy.precision, "scaler", None)
-    if scaler is not None:
-        scaler.unscale_(optimizer)
-    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norm = get_total_norm([p.grad for p in parameters], foreach=True)
+
+    def __init__(self, device: torch.device, settings: Settings) -> None:
+        self._follows = settings.spike is not None
+        self._factors = torch.tensor([1.0, settings.spike or 0.0], device=device)
+        self._bounds = torch.tensor([LARGEST, LARGEST, 0.0], device=device)
+        self._means = torch.zeros(2, device=device)  # of the loss and of its size
+        self._taken = torch.zeros((), device=device)
+        self._never = torch.tensor(LARGEST, device=device)
+
+    def verdict(self, loss: Tensor, norm: Tensor, unusable: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the three numbers as one tensor (3,), and 1 if the step is to be taken, 0 if skipped, ().
+
+        Args:
+            loss: mean over the global batch, ().
+            norm: of the gradient, ().
+            unusable: above 0 if values of the batch were not finite, ().
+        """
+        numbers = torch.stack((loss, norm, unusable))
+        kept = (numbers <= self._bounds).all()
+        if self._follows:
+            self._follow(loss, kept)
+        return numbers, kept.float()
+
+    def _follow(self, loss: Tensor, kept: Tensor) -> None:
+        weight = (self._taken + 1).clamp(max=HORIZON).reciprocal()
+        moved = self._means.lerp(torch.stack((loss, loss.abs())), weight)
+        self._means = torch.where(kept, moved, self._means)
+        self._taken += kept
+        self._bounds[0] = torch.where(self._taken < HORIZON, self._never, self._means @ self._factors)
+
+    def state(self) -> dict[str, Any]:
+        """Return what a resume needs; reads the device."""
+        return {"means": self._means.tolist(), "taken": self._taken.item(), "bound": self._bounds[0].item()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved state."""
+        if state:
+            self._means.copy_(torch.tensor(state["means"]))
+            self._taken.fill_(state["taken"])
+            self._bounds[0] = state["bound"] if self._follows else LARGEST
+
+
+def reason(numbers: Sequence[float], kept: float, scale: float | None) -> str:
+    """Say why a step was skipped: data, loss, gradient, jump, or overflow of fp16; "" for a step taken.
+
+    Args:
+        numbers: loss, gradient norm, and unusable values of a verdict.
+        kept: 1 for a step taken.
+        scale: of the loss in fp16; as long as it can shrink, a gradient that overflows is no fault. None otherwise.
+    """
+    loss, norm, unusable = numbers
+    if kept:
+        return ""
+    if unusable:
+        return "data"
+    if not abs(loss) <= LARGEST:
+        return "loss"
+    if not norm <= LARGEST:
+        return "gradient" if scale is None or scale < 1 else "overflow"
+    return "jump"
+
+
+def clipped_norm(parameters: Sequence[Tensor], clip: float | None) -> Tensor:
+    """Scale the gradients so that their norm is at most ``clip``, and return the norm before, ().
+
+    Shards count as what they are parts of.
+    """
+    trained = [p for p in parameters if p.grad is not None]
+    norm: Any = get_total_norm([p.grad for p in trained if p.grad is not None], foreach=True)
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
     if clip is not None:
-        clip_grads_with_norm_(parameters, clip, norm, foreach=True)
-    kept = norm.isfinite().float()
-    if scaler is not None:  # finds what is not finite by itself
-        scaler.step(optimizer)
-        scaler.update()
-    else:
-        optimizer.found_inf, optimizer.grad_scale = 1 - kept, None  # type: ignore[attr-defined]
-        optimizer.step()
-    return norm, kept
+        clip_grads_with_norm_(trained, clip, norm, foreach=True)
+    return norm  # type: ignore[no-any-return]  # a tensor either way

@@ -1,92 +1,82 @@
-"""Which samples, at which times, the skipped steps were about."""
+"""What is written down of skipped steps: which samples, at which times."""
 
 from __future__ import annotations
 
+import json
+import math
+import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from pathline.objectives import Loss
+from pathline.training.window import Skipped
 
-__all__ = ["Incidents"]
+__all__ = ["FILE", "cut", "describe", "read", "write"]
 
-COLUMNS = 4  # position, whether it could be used, its loss, its time
-
-
-class _Batch(NamedTuple):
-    step: int
-    positions: range
-    usable: Tensor
-    values: Tensor
-    times: Tensor | None
+FILE = "incidents.jsonl"
 
 
-class Incidents:
-    """Keeps the losses and times of the samples since the last row, on the device, until a row asks for some."""
+def describe(
+    skipped: Skipped,
+    batch: int,
+    gather: Callable[[Tensor], Tensor],
+    indices: Callable[[Sequence[int]], Sequence[int]],
+) -> dict[str, Any]:
+    """Return an entry for a skipped step, fit for JSON; every process must call this.
 
-    def __init__(self) -> None:
-        self._batches: list[_Batch] = []
+    It names the samples whose data or losses were not finite or, if all were, all of the batch. ``batch`` is the
+    batch's number in the training stream, which unlike the step does not repeat after a roll-back.
 
-    def add(self, step: int, positions: range, usable: Tensor, loss: Loss) -> None:
-        """Note a micro-batch: the positions of its samples in the stream, and whether their data were finite, (N,)."""
-        values = torch.stack([term.detach().float() for term in loss.terms.values()]).sum(0)
-        self._batches.append(_Batch(step, positions, usable, values, loss.times))
-
-    def clear(self) -> None:
-        """Forget all."""
-        self._batches.clear()
-
-    def report(
-        self,
-        reasons: Sequence[str],
-        last: int,
-        gather: Callable[[Tensor], Tensor],
-        indices: Callable[[Tensor], Sequence[int]],
-    ) -> list[dict[str, Any]]:
-        """Return an entry for each skipped step; every process must call this.
-
-        An entry names the samples whose data or loss were not finite or, if all were, all of the batch.
-
-        Args:
-            reasons: of the last steps, "" for one taken.
-            last: number of the last of them.
-            gather: brings the rows of all processes together.
-            indices: of the samples at positions of the training stream.
-        """
-        entries = []
-        for step, reason in enumerate(reasons, last - len(reasons) + 1):
-            if reason:
-                mine = [_table(batch) for batch in self._batches if batch.step == step]
-                if mine:  # none after a resume in the middle of a window: they were reported by nobody
-                    entries.append(_entry(step, reason, gather(torch.cat(mine)), indices))
-        return entries
-
-
-def _table(batch: _Batch) -> Tensor:
-    count = len(batch.positions)
-    times = torch.full((count,), torch.nan) if batch.times is None else batch.times.cpu()
-    columns = (torch.tensor(batch.positions), batch.usable.cpu(), batch.values.cpu(), times)
-    return torch.stack([column.double() for column in columns], dim=1)
-
-
-def _entry(step: int, reason: str, table: Tensor, indices: Callable[[Tensor], Sequence[int]]) -> dict[str, Any]:
-    table = table[table[:, 0].argsort()]
-    wrong = (table[:, 1] == 0) | ~table[:, 2].isfinite()
+    Args:
+        skipped: of this process.
+        batch: number of its batch, counted from 1.
+        gather: brings the rows of all processes together.
+        indices: of the samples at positions of the training stream.
+    """
+    table = gather(skipped.samples)
+    wrong = (table[:, 1] == 0) | (table[:, 2] == 0)
     chosen = table[wrong] if bool(wrong.any()) else table
+    positions = [int(position) for position in chosen[:, 0].tolist()]
     return {
-        "step": step,
-        "reason": reason,
-        "positions": chosen[:, 0].long().tolist(),
-        "samples": [int(index) for index in indices(chosen[:, 0].long())],
-        "losses": [_number(value) for value in chosen[:, 2].tolist()],
-        "times": [_number(value) for value in chosen[:, 3].tolist()],
+        "step": skipped.step,
+        "batch": batch,
+        "reason": skipped.reason,
+        "positions": positions,
+        "samples": [int(index) for index in indices(positions)],
+        "losses": [_number(value) for value in chosen[:, 3].tolist()],
+        "times": [_number(value) for value in chosen[:, 4].tolist()],
     }
+
+
+def write(folder: Path, entry: dict[str, Any]) -> None:
+    """Add an entry to a run's ``incidents.jsonl``; where that is impossible, say so and go on."""
+    try:
+        with (folder / FILE).open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+    except OSError as error:
+        print(f"warning: {FILE} lacks {entry['reason']} at step {entry['step']}: {error}", file=sys.stderr)
+
+
+def cut(folder: Path, batch: int) -> None:
+    """Leave out the entries of batches after this one, which are going to be seen again."""
+    path, kept = folder / FILE, [entry for entry in read(folder) if entry["batch"] <= batch]
+    if path.exists():
+        beside = path.with_name(f".{FILE}.partial")
+        beside.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+        beside.replace(path)
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """Return the entries of a run's ``incidents.jsonl``; a last one cut short by a kill is left out."""
+    path = folder / FILE
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def _number(value: float) -> float | str | None:
     """Return a number fit for JSON: NaN as None, infinities by name."""
-    if value != value:
+    if math.isnan(value):
         return None
-    return value if abs(value) != float("inf") else str(value)
+    return value if math.isfinite(value) else str(value)

@@ -1,69 +1,53 @@
-"""The training loop: next batch, objective, backward, guard, step, EMA, log, checkpoint."""
+"""The training loop: next batch, objective, backward, guard, step, averages, log, checkpoint."""
 
 from __future__ import annotations
 
+import gc
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import NoReturn
 
 import torch
 from lightning_fabric import Fabric
-from lightning_fabric.utilities.exceptions import MisconfigurationException
-from torch import Tensor
 
+from pathline import __version__
 from pathline.core.config import Configuration
-from pathline.core.draws import Draws
-from pathline.core.errors import ConfigurationError
-from pathline.core.sections import Train
-from pathline.training import checkpoints, sampling
-from pathline.training.guard import guarded_step
-from pathline.training.interrupt import Interrupt
+from pathline.core.errors import DivergedError, PathlineError, ProcessError
+from pathline.training import incidents, sampling
+from pathline.training.checkpoints import Keep, Snapshot, path_of
+from pathline.training.devices import Agreement, garbage_on_schedule, launch, make_fabric
+from pathline.training.folder import RunFolder
 from pathline.training.log import Log
 from pathline.training.optim import learning_rate
 from pathline.training.parts import Parts, build
+from pathline.training.rollback import dump, leave_history_after, newest_good
+from pathline.training.sharded import ShardedWriter
+from pathline.training.signals import Signals
+from pathline.training.speed import peak_flops, row_entries
 from pathline.training.state import State, load_weights
+from pathline.training.step import take_step
+from pathline.training.writing import Writer
 
-__all__ = ["Interrupted", "Trainer", "check_machine", "make_fabric"]
+__all__ = ["Interrupted", "Trainer"]
 
-PRECISIONS: dict[str, Literal["32-true", "bf16-mixed", "16-mixed"]] = {
-    "fp32": "32-true",
-    "bf16": "bf16-mixed",
-    "fp16": "16-mixed",
-}
+AnyWriter = Writer | ShardedWriter
+ALL = 10**9  # more checkpoints than any run writes
 
 
 class Interrupted(Exception):  # not an error
-    """Ctrl-C ended the run; its state is saved."""
+    """A signal ended the run; its state is saved.
 
-
-def check_machine(train: Train) -> None:
-    """Check that this machine can train as configured; a model can be read and sampled from on any other.
-
-    Raises:
-        ConfigurationError: fp16 without a CUDA device (Fabric would silently take bf16), or too few devices.
+    Attributes:
+        saved: whether it is; a full disk may have kept it from being.
     """
-    cuda = torch.cuda.device_count() if train.accelerator in ("auto", "cuda") else 0
-    if train.precision == "fp16" and not cuda:
-        raise ConfigurationError("train.precision: got fp16 without a CUDA device, expected fp32 or bf16 there")
-    if cuda < train.devices and (train.accelerator == "cuda" or cuda):
-        raise ConfigurationError(f"train.devices: got {train.devices}, of {cuda} CUDA devices; set train.devices lower")
 
-
-def make_fabric(train: Train) -> Fabric:
-    """Return Fabric for the configured devices and precision, not launched; raises as ``check_machine``."""
-    check_machine(train)
-    if train.threads is not None:
-        torch.set_num_threads(train.threads)
-    try:
-        return Fabric(
-            accelerator=train.accelerator,
-            devices=train.devices,
-            num_nodes=train.num_nodes,
-            precision=PRECISIONS[train.precision],
-        )
-    except (RuntimeError, ValueError, MisconfigurationException) as error:
-        raise ConfigurationError(
-            f"train.accelerator: got {train.accelerator}, of which Fabric says: {error}"
-        ) from error
+    def __init__(self, message: str, *, saved: bool) -> None:
+        super().__init__(message)
+        self.saved = saved
 
 
 class Trainer:
@@ -76,6 +60,7 @@ class Trainer:
 
     Attributes:
         state: all that a checkpoint holds.
+        agreement: of the processes.
     """
 
     def __init__(
@@ -83,11 +68,35 @@ class Trainer:
     ) -> None:
         if fabric is None:
             fabric = make_fabric(configuration.train)
-            fabric.launch()
+            launch(fabric)
         self.configuration, self.fabric = configuration, fabric
+        self.agreement = Agreement(fabric, configuration.train.timeout)
         self.parts = parts or build(configuration)
         self.folder = Path(configuration.train.folder)
-        self.state = State(self.parts, fabric)
+        self.state = State(self.parts, fabric, self.agreement)
+        self._claimed = False
+        self._log: Log | None = None
+        self._writer: AnyWriter | None = None
+        self._averages_writer: AnyWriter | None = None
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Keep other processes from training in the folder; what killed ones left half written is removed.
+
+        Raises:
+            CheckpointError: another one trains in it, or nothing or too little can be written there.
+        """
+        if self._claimed:
+            yield
+            return
+        folder, needed = RunFolder(self.folder), self.state.bytes
+        self.agreement.first(lambda: _claim(folder, needed))
+        self._claimed = True
+        try:
+            yield
+        finally:
+            self._claimed = False
+            folder.unlock()
 
     def resume(self, checkpoint: Path) -> None:
         """Go on from a checkpoint; later ones in the run's folder are renamed ``superseded-…``.
@@ -96,9 +105,7 @@ class Trainer:
             CheckpointError: it is damaged, or of another configuration; nothing has been changed then.
         """
         self.state.restore(checkpoint)
-        self.fabric.barrier()  # every process has read it
-        if self.fabric.is_global_zero:
-            checkpoints.set_aside_after(self.folder / "checkpoints", self.state.step)
+        self.agreement.first(lambda: leave_history_after(self.folder, self.state.step))
 
     def initialize_from(self, path: Path) -> None:
         """Start from weights: a safetensors file, a run's folder or a checkpoint.
@@ -108,98 +115,206 @@ class Trainer:
         """
         load_weights(self.state, path)
 
+    def rehearse(self, steps: int = 3) -> float:
+        """Take steps that nobody keeps; return the seconds of the fastest. The state is spoilt."""
+        times = []
+        for _ in range(steps):
+            began = time.perf_counter()
+            take_step(self.state)
+            self.state.window.read()  # waits for the device
+            times.append(time.perf_counter() - began)
+        return min(times)
+
     def run(self) -> None:
         """Train up to ``train.steps``, or ``train.stop_at``.
 
         Raises:
-            Interrupted: after Ctrl-C, at the next step boundary, with a checkpoint written.
+            Interrupted: after a signal, at the next step boundary, with a checkpoint written.
+            CheckpointError: the folder is in use, or cannot be written to.
+            DivergedError: roll-backs did not help.
+            ProcessError: another process is gone.
         """
-        log = Log(self.folder, self.state.step, self.configuration.train.steps) if self.fabric.is_global_zero else None
-        try:
-            with Interrupt() as interrupt:
-                self._loop(log, interrupt)
-        finally:
-            if log is not None:
-                log.close()
+        with self.claimed(), garbage_on_schedule(), Signals() as signals, self._writing():
+            self._loop(signals)
 
-    def _loop(self, log: Log | None, interrupt: Interrupt) -> None:
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Open the log and the writers; a process that has none of them has None."""
+        c = self.configuration
+        keep, all_of_them = Keep(c.checkpoint.keep, c.checkpoint.keep_every), Keep(ALL)
+        try:
+            if self.fabric.is_global_zero:
+                self._log = Log(self.folder, self.state.step, c.train.steps, c.log, c.model_dump(mode="json"))
+                incidents.cut(self.folder, self.state.step + self.state.passed)
+            self._writer = self._new_writer("checkpoints", keep)
+            self._averages_writer = self._new_writer("averages", all_of_them) if c.ema.snapshot_every else None
+            yield
+        finally:
+            for writer in (self._writer, self._averages_writer):
+                if writer is not None:
+                    writer.close()
+            if self._log is not None:
+                self._log.close()
+            self._log = self._writer = self._averages_writer = None
+
+    def _new_writer(self, name: str, keep: Keep) -> AnyWriter | None:
+        train, asynchronous = self.configuration.train, self.configuration.checkpoint.asynchronous
+        if train.strategy == "fsdp":
+            return ShardedWriter(self.folder / name, keep, asynchronous=asynchronous, timeout=train.timeout)
+        return Writer(self.folder / name, keep, asynchronous=asynchronous) if self.fabric.is_global_zero else None
+
+    def _loop(self, signals: Signals) -> None:
         c, state = self.configuration, self.state
         end = min(c.train.steps, c.train.stop_at or c.train.steps)
-        while state.step < end:
-            self._step()
-            row_due = state.step % c.log.every == 0 or state.step == end
-            if log is not None:
-                log.advance()
-            if row_due:
-                self._write_row(log)
-            leave = self._agreed(interrupt.asked, row_due)
+        while state.step < end or state.streak >= c.guard.rollback_after:
+            if state.streak >= c.guard.rollback_after:
+                self._roll_back()
+            take_step(state)
+            if self._log is not None:
+                self._log.advance()
+            if state.step % c.log.every == 0 or state.step == end:
+                self._write_row()
+            if state.step % c.train.collect_garbage_every == 0:
+                gc.collect()
+            leave = self.agreement.largest(signals.caught)
             if state.step % c.checkpoint.every == 0 or state.step == end or leave:
-                self._save()
+                self._save(last=bool(leave) or state.step == end)
+            if c.ema.snapshot_every and state.step % c.ema.snapshot_every == 0:
+                self._store_averages()
+            if leave:
+                self._leave(leave)
             if self._picture_due(end):
                 self._picture()
-            if leave:
-                raise Interrupted(f"stopped after step {state.step} of {c.train.steps}; saved in {self.folder}")
 
-    def _step(self) -> None:
-        """Take one optimizer step on the next global batch."""
-        c, state = self.configuration, self.state
-        share = c.train.global_batch // self.fabric.world_size
-        first = state.position + self.fabric.global_rank * share
-        micro = c.train.micro_batch or share
-        for start in range(first, first + share, micro):
-            positions = range(start, min(start + micro, first + share))
-            last = positions.stop == first + share
-            with self.fabric.no_backward_sync(state.module, enabled=not last):
-                self._accumulate(positions, len(positions) / share)
-        for group in state.optimizer.param_groups:
-            group["lr"] = learning_rate(c.optim, state.step, c.train.steps)
-        norm, kept = guarded_step(self.fabric, state.optimizer, c.optim.clip)
-        state.optimizer.zero_grad()
-        state.average.update(state.step, kept)
-        state.window.add_step(norm, kept)
-        state.step += 1
-
-    def _accumulate(self, positions: range, share: float) -> None:
-        """Add the gradient of the samples at these positions of the training stream."""
-        parts, seed = self.parts, self.configuration.train.seed
-        batch = parts.dataset.batch(parts.dataset.indices_at(positions, seed))
-        data, label = (batch[name].to(self.fabric.device, non_blocking=True) for name in ("data", "label"))
-        draws = Draws(seed).at(positions, step=self.state.step)
-        loss = parts.objective(self.state.module, data, draws, **parts.conditions(label))
-        self.fabric.backward(loss.total * share)
-        self.state.window.add_loss(loss, share)
-
-    def _write_row(self, log: Log | None) -> None:
+    def _write_row(self) -> None:
         """Read the window's means, once for all devices, and write them down."""
         c, state = self.configuration, self.state
-        row, skipped = state.window.row(self.fabric, c.train.global_batch)
-        state.window.clear()
-        state.skipped += skipped
-        lr = learning_rate(c.optim, state.step - 1, c.train.steps)
-        if log is not None:
-            log.write({"step": state.step, **row, "lr": lr, "skipped": state.skipped})
+        self._read_window()
+        row = {"step": state.step, **state.window.row(c.train.global_batch)}
+        state.close_window()
+        row |= {
+            "lr": learning_rate(c.optim, state.step - 1, c.train.steps),
+            "skipped": state.skipped,
+            "passed": state.passed,
+            **self._speed(c.train.global_batch / row["images_per_second"]),
+        }
+        if self._log is not None and self._writer is not None:
+            self._log.write({**row, "failed_saves": len(self._writer.failures)})
 
-    def _agreed(self, asked: bool, row_due: bool) -> bool:
-        """Whether to leave now. Several processes look where they wait for one another anyway: at a row."""
-        if self.fabric.world_size == 1:
-            return asked
-        flag: Tensor = torch.tensor(float(asked), device=self.fabric.device)
-        return row_due and bool(self.fabric.all_reduce(flag, reduce_op="sum"))
+    def _speed(self, seconds: float) -> dict[str, float]:
+        """Return memory and, where the device's peak is known, the model FLOPs utilisation at this time of a step."""
+        train, device = self.configuration.train, self.fabric.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        peak = peak_flops(name, train.precision, train.tf32)
+        flops = 3 * self.parts.forward_flops * train.global_batch
+        return row_entries(device, flops, seconds, self.fabric.world_size, peak)
 
-    def _save(self) -> None:
-        """Write a checkpoint from the first process; the others wait."""
-        with self.state.window.paused():
-            snapshot = self.state.snapshot()
+    def _read_window(self) -> None:
+        """Bring the window's numbers to the host, and write down what its skipped steps were about."""
+        dataset, seed = self.parts.dataset, self.configuration.train.seed
+
+        def indices(positions: Sequence[int]) -> list[int]:
+            return [int(dataset.indices_at(range(p, p + 1), seed)[0]) for p in positions]
+
+        for skipped in self.state.window.read():
+            batch = skipped.step + self.state.passed
+            entry = incidents.describe(skipped, batch, self.agreement.gather, indices)
             if self.fabric.is_global_zero:
-                keep = self.configuration.checkpoint.keep
-                checkpoints.write(self.folder / "checkpoints", self.state.step, snapshot, keep)
-            self.fabric.barrier()
+                incidents.write(self.folder, entry)
+
+    def _save(self, *, last: bool) -> None:
+        """Hand a checkpoint to the writer; the last one of a run is waited for."""
+        state = self.state
+        with state.window.spending("checkpoint"):
+            sharded = isinstance(self._writer, ShardedWriter)
+            if self.fabric.world_size > 1 and not sharded and not self.agreement.same(state.fingerprint()):
+                raise ProcessError("got weights that differ between processes; resume from the newest checkpoint")
+            self._read_window()
+            snapshot = state.snapshot()
+            if self._writer is not None:
+                self._writer.save(state.step, snapshot)
+            if last:
+                self._wait()
+        self._tell_failures()
+
+    def _store_averages(self) -> None:
+        """Store the power-function averages, of which others can be made after training."""
+        state, writer = self.state, self._averages_writer
+        with state.window.spending("checkpoint"):
+            tensors = {name: group for name, group in state.averages.tensors().items() if name != "ema"}
+            scalars = {
+                "version": __version__,
+                **state.averages.state(),
+                "configuration": self.configuration.model_dump(mode="json"),
+            }
+            if writer is not None:
+                writer.save(state.step, Snapshot(tensors, scalars))
+
+    def _wait(self) -> None:
+        """Wait for what is being written, in all processes."""
+        for writer in (self._writer, self._averages_writer):
+            if writer is not None:
+                writer.wait()
+        self.agreement.wait()
+
+    def _tell_failures(self) -> None:
+        for writer in (self._writer, self._averages_writer):
+            failure = None if writer is None else writer.poll()
+            if failure is not None and self.fabric.is_global_zero:
+                print(f"warning: {failure}", file=sys.stderr)
+
+    def _leave(self, number: int) -> NoReturn:
+        step, total = self.state.step, self.configuration.train.steps
+        saved = self.agreement.first(lambda: path_of(self.folder / "checkpoints", step).exists())
+        words = f"saved in {self.folder}" if saved else "NOT saved, for the reason above"
+        raise Interrupted(f"{signal.Signals(number).name} after step {step} of {total}; {words}", saved=saved)
+
+    def _roll_back(self) -> None:
+        """Go back to the newest checkpoint before the streak of skipped steps, and on with the samples after it.
+
+        Raises:
+            DivergedError: there is none, or it has been gone back to too often.
+        """
+        state, limit = self.state, self.configuration.guard.max_rollbacks
+        tried, streak, count = state.step + state.passed, state.streak, state.rollbacks + 1
+        self._wait()
+        path = self.agreement.first(lambda: newest_good(self.folder))
+        why = f"{streak} steps in a row up to step {state.step} were skipped"
+        if path is None or count > limit:
+            dumped = self.agreement.first(lambda: dump(self.folder, state))
+            where = "no checkpoint was written before" if path is None else f"going back {limit} times did not help"
+            raise DivergedError(f"{why}, and {where}; look at their samples and times in {dumped}")
+        self.resume(path)
+        state.passed, state.rollbacks = tried - state.step, count
+        if self._log is not None:
+            self._log.rewind(state.step)
+            print(f"warning: {why}; going on from {path.name} with the samples after them", file=sys.stderr)
 
     def _picture_due(self, end: int) -> bool:
         every, step = self.configuration.log.pictures_every, self.state.step
         drawable = self.parts.dataset.shape[0] in (1, 3)  # latents are not
-        return drawable and self.fabric.is_global_zero and (step == end or (every is not None and step % every == 0))
+        return drawable and (step == end or (every is not None and step % every == 0))
 
     def _picture(self) -> None:
-        with self.state.window.paused():
-            sampling.save_picture(self.parts, self.state.average.network, self.folder / "samples.png")
+        """Draw samples with an average, in all processes alike; the first writes them down."""
+        network = self.state.averages.network(self.configuration.sample.average)
+        with self.state.window.spending("other"):
+            try:
+                drawn = sampling.draw_picture(self.parts, network)
+                if self.fabric.is_global_zero:
+                    sampling.save_picture(drawn, self.folder, self.state.step)
+            except (PathlineError, OSError) as error:
+                if self.fabric.is_global_zero:
+                    print(f"warning: no picture at step {self.state.step}: {error}", file=sys.stderr)
+
+
+def _claim(folder: RunFolder, needed: int) -> None:
+    """Lock a run's folder, clean it and check it."""
+    folder.check_room(0)
+    folder.lock()
+    try:
+        folder.sweep()
+        folder.check_room(needed)
+    except BaseException:
+        folder.unlock()
+        raise

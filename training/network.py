@@ -77,8 +77,8 @@ def shard(network: nn.Module, mesh: DeviceMesh) -> nn.Module:
     for unit in units(network):
         if any(True for _ in unit.parameters()):
             fully_shard(unit, **options)
-    sharded: nn.Module = fully_shard(network, **options)
-    return sharded
+    fully_shard(network, **options)
+    return network
 
 
 def _found(network: nn.Module, entry: str) -> list[nn.Module]:

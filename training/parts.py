@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +19,7 @@ from pathline.interpolants import Interpolant
 from pathline.objectives import Objective
 from pathline.solvers import Solver, guidance
 from pathline.solvers.guidance import Guidance, LabelGuidance
+from pathline.training.speed import forward_flops
 
 __all__ = ["Parts", "build"]
 
@@ -27,7 +28,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Parts:
-    """Everything that a configuration names."""
+    """Everything that a configuration names.
+
+    Attributes:
+        forward_flops: floating-point operations of the objective's forward pass on one sample.
+    """
 
     configuration: Configuration
     dataset: Dataset
@@ -36,6 +41,7 @@ class Parts:
     objective: Objective
     solver: Solver
     guidance: tuple[Guidance, ...]
+    forward_flops: int = 0
 
     def conditions(self, label: Tensor | None) -> dict[str, Any]:
         """Return what the backbone is conditioned on: the labels, unless it is unconditional."""
@@ -70,9 +76,9 @@ def build(configuration: Configuration) -> Parts:
     ]
     problems.report()
     parts = Parts(c, dataset, interpolant, backbone, objective, solver, tuple(guides))
-    _cross_check(parts, problems)
+    flops = _cross_check(parts, problems)
     problems.report()
-    return parts
+    return replace(parts, forward_flops=flops)
 
 
 def _backbone(configuration: Configuration) -> nn.Module:
@@ -103,7 +109,8 @@ class _Problems:
             raise ConfigurationError("\n  ".join(lines))
 
 
-def _cross_check(parts: Parts, problems: _Problems) -> None:
+def _cross_check(parts: Parts, problems: _Problems) -> int:
+    """Note what does not fit; return the operations of the objective's forward pass on one sample."""
     backbone, dataset = parts.backbone, parts.dataset
     shape, classes = getattr(backbone, "input_shape", None), getattr(backbone, "num_classes", 0)
     if shape is not None and tuple(shape) != tuple(dataset.shape):
@@ -122,31 +129,35 @@ def _cross_check(parts: Parts, problems: _Problems) -> None:
     by_label = any(isinstance(guide, LabelGuidance) for guide in parts.guidance)
     if by_label and (not classes or getattr(backbone, "null_label", None) is None):
         problems.found.append("guidance: needs a backbone with classes and a null label; leave guidance out")
-    elif not problems.found:
-        problems.collect("objective", lambda: _check_objective(parts))
-        problems.collect("solver", lambda: _check_solver(parts))
+    if problems.found:
+        return 0
+    problems.collect("solver", lambda: _check_solver(parts))
+    return problems.collect("objective", lambda: _check_objective(parts))
 
 
-def _check_objective(parts: Parts) -> None:
+def _check_objective(parts: Parts) -> int:
     """Evaluate the loss of two samples: only that tells whether objective and backbone speak to one another.
 
-    With several devices also its gradient: data parallelism waits for every parameter's.
+    With several devices also its gradient: data parallelism waits for every parameter's. Returns the operations of the
+    forward pass on one sample.
     """
     train, batch = parts.configuration.train, parts.dataset.batch([0, 1])
-    several = train.devices * train.num_nodes > 1
-    with torch.set_grad_enabled(several):
-        draws, given = Draws(0).at(range(2)), parts.conditions(batch["label"])
-        total = parts.objective(parts.backbone, batch["data"], draws, **given).total
-    if not several:
-        return
-    total.backward()  # type: ignore[no-untyped-call]  # torch has no types here
-    unused = [name for name, p in parts.backbone.named_parameters() if p.requires_grad and p.grad is None]
-    parts.backbone.zero_grad()
-    if unused:
-        raise InputError(
-            f"gives no gradient to {', '.join(unused[:3])} and so on ({len(unused)} parameters), for which several "
-            "devices would wait; use an objective and a backbone that belong together, or one device"
-        )
+
+    def loss() -> Tensor:
+        given = parts.conditions(batch["label"])
+        return parts.objective(parts.backbone, batch["data"], Draws(0).at(range(2)), **given).total
+
+    flops = forward_flops(loss) // 2
+    if train.devices * train.num_nodes > 1:
+        loss().backward()  # type: ignore[no-untyped-call]  # torch has no types here
+        unused = [name for name, p in parts.backbone.named_parameters() if p.requires_grad and p.grad is None]
+        parts.backbone.zero_grad()
+        if unused:
+            raise InputError(
+                f"gives no gradient to {', '.join(unused[:3])} and so on ({len(unused)} parameters), for which several "
+                "devices would wait; use an objective and a backbone that belong together, or one device"
+            )
+    return flops
 
 
 def _check_solver(parts: Parts) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -26,7 +26,7 @@ from pathline.training import checkpoints
 from pathline.training.parts import Parts, build
 from pathline.training.pictures import ROUNDING, save_grid, to_uint8
 
-__all__ = ["Drawn", "default_name", "draw", "load", "save", "save_picture", "solve"]
+__all__ = ["Drawn", "default_name", "draw", "draw_picture", "load", "save", "save_picture", "solve"]
 
 
 @dataclass(frozen=True)
@@ -56,19 +56,19 @@ def load(path: Path, words: Sequence[str]) -> tuple[Configuration, Parts]:
         CheckpointError: damaged, or weights that do not fit.
         ConfigurationError: words that do not fit, or that change what was trained.
     """
-    snapshot = checkpoints.read(path)
+    state = checkpoints.read_state(path)
     for word in words:
         if not word.startswith(("sample.", "solver.", "solver=", "guidance.", "guidance=", "train.threads=", "data.")):
             raise ConfigurationError(
                 f"got {word!r} for a trained model, expected sample.…, solver.… or guidance.… alone"
             )
-    configuration = resolve(overrides.apply(snapshot.state["configuration"], words))
+    configuration = resolve(overrides.apply(state["configuration"], words))
     output = configuration.sample.output
     if output is not None and not output.endswith(".npz"):
         raise ConfigurationError(f"got sample.output {output}, expected a name that ends in .npz")
     configuration, loaded = _with_weak_models(configuration)
     parts = replace(build(loaded), configuration=configuration)
-    _load_average(parts.backbone, snapshot)
+    _load_average(parts.backbone, path, configuration)
     return configuration, parts
 
 
@@ -90,19 +90,24 @@ def _with_weak_models(configuration: Configuration) -> tuple[Configuration, Conf
 
 def _weak_flow(checkpoint: Path) -> Flow:
     """Return the flow of a checkpoint's averaged weights, on the path that it was trained on."""
-    snapshot = checkpoints.read(checkpoint)
-    trained = resolve(snapshot.state["configuration"])
+    trained = resolve(checkpoints.read_state(checkpoint)["configuration"])
     interpolant = interpolants.build(trained.interpolant)
     objective = objectives.build(trained.objective, interpolant=interpolant)
     backbone = backbones.build(trained.backbone)
-    _load_average(backbone, snapshot)
+    _load_average(backbone, checkpoint, trained)
     return Flow(backbone, interpolant, objective.predicts)  # type: ignore[arg-type]  # checked there
 
 
-def _load_average(backbone: nn.Module, snapshot: checkpoints.Snapshot) -> None:
-    checkpoints.check_tensors(backbone.state_dict(), snapshot.tensors["ema"], "weights")
-    backbone.load_state_dict(dict(snapshot.tensors["ema"]))
+def _load_average(backbone: nn.Module, checkpoint: Path, configuration: Configuration) -> None:
+    """Load the average that the configuration names, of a verified checkpoint."""
+    weights = checkpoints.read_group(checkpoint, _average(configuration))
+    checkpoints.check_tensors(backbone.state_dict(), weights, "weights")
+    backbone.load_state_dict(dict(weights))
     backbone.eval()
+
+
+def _average(configuration: Configuration) -> str:
+    return configuration.sample.average or configuration.ema.names[0]
 
 
 def draw(configuration: Configuration, parts: Parts, device: torch.device) -> Drawn:
@@ -152,13 +157,20 @@ def solve(
     return Drawn(torch.cat(pieces), labels, nfe, time.perf_counter() - began)
 
 
-def save_picture(parts: Parts, network: nn.Module, path: Path) -> None:
-    """Draw ten samples of each of the first ten classes, with fixed noise, as a PNG."""
+def draw_picture(parts: Parts, network: nn.Module) -> Drawn:
+    """Draw ten samples of each of the first ten classes, with fixed noise."""
     classes = min(10, getattr(network, "num_classes", 0))
     labels = torch.arange(classes).repeat_interleave(10) if classes else None
     count = 10 * classes or 100
-    drawn = solve(parts, network, labels, count, parts.configuration.sample.seed, batch=count)
+    return solve(parts, network, labels, count, parts.configuration.sample.seed, batch=count)
+
+
+def save_picture(drawn: Drawn, folder: Path, step: int) -> None:
+    """Write samples drawn after a step as ``pictures/step-….png``, and as ``samples.png``, which is the newest."""
+    path = folder / "pictures" / f"step-{step:09d}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
     save_grid(path, drawn.x, drawn.labels)
+    shutil.copyfile(path, folder / "samples.png")
 
 
 def default_name(configuration: Configuration) -> str:
@@ -188,10 +200,11 @@ def save(drawn: Drawn, configuration: Configuration, checkpoint: Path, output: P
 
 def _record(drawn: Drawn, configuration: Configuration, checkpoint: Path, version: str) -> dict[str, Any]:
     c = configuration.model_dump(mode="json")
+    name = _average(configuration)
     weak = [_identity(Path(item["weak"])) for item in configuration.guidance if "weak" in item]
     return {
         "version": version,
-        "checkpoint": _identity(checkpoint),
+        "checkpoint": _identity(checkpoint, name),
         **({"weak_checkpoints": weak} if weak else {}),
         "count": len(drawn.x),
         "seed": c["sample"]["seed"],
@@ -206,9 +219,14 @@ def _record(drawn: Drawn, configuration: Configuration, checkpoint: Path, versio
     }
 
 
-def _identity(checkpoint: Path) -> dict[str, str]:
-    weights = (checkpoint / "ema.safetensors").read_bytes()
-    return {"name": checkpoint.name, "weights_sha256": hashlib.sha256(weights).hexdigest()}
+def _identity(checkpoint: Path, average: str | None = None) -> dict[str, str]:
+    """Return a checkpoint's name, its average's (None: the first), and the hash of that one's files."""
+    average = average or _average(resolve(checkpoints.read_state(checkpoint)["configuration"]))
+    return {
+        "name": checkpoint.name,
+        "average": average,
+        "weights_sha256": checkpoints.hash_of(checkpoint, average),
+    }
 
 
 def _labels(configuration: Configuration, classes: int) -> Tensor | None:

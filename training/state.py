@@ -1,4 +1,4 @@
-"""All that a resume needs: counters, weights, their average, the optimizer, the loss scale, the open log window."""
+"""All that a resume needs: counters, weights, their averages, the optimizer, the loss scale, the open log window."""
 
 from __future__ import annotations
 
@@ -12,14 +12,18 @@ from lightning_fabric.wrappers import _FabricModule
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from pathline import __version__
 from pathline.core.config import Configuration, differences, resolve
 from pathline.core.errors import CheckpointError
-from pathline.training import checkpoints
+from pathline.training import checkpoints, sharded
 from pathline.training.checkpoints import Snapshot, check_tensors
-from pathline.training.ema import Average
-from pathline.training.optim import build_optimizer
+from pathline.training.devices import Agreement
+from pathline.training.ema import Averages
+from pathline.training.guard import Guard
+from pathline.training.network import checkpoint_activations, compile_units, shard
+from pathline.training.optim import Optimizers
 from pathline.training.parts import Parts
 from pathline.training.window import Window
 
@@ -27,9 +31,12 @@ __all__ = ["State", "check_same_run", "load_weights"]
 
 # what may change between a checkpoint and the run that goes on from it: nothing that moves a weight but by rounding
 FREE = (
-    "train.stop_at train.folder train.threads train.accelerator train.devices train.num_nodes "
-    "train.micro_batch train.initialize_from log. checkpoint. solver. guidance sample."
+    "train.stop_at train.folder train.threads train.accelerator train.devices train.num_nodes train.strategy "
+    "train.micro_batch train.initialize_from train.activation_checkpointing train.compile train.timeout "
+    "train.collect_garbage_every guard.rollback_after guard.max_rollbacks ema.snapshot_every "
+    "log. checkpoint. solver. guidance sample."
 ).split()
+COUNTERS = ("step", "passed", "skipped", "streak", "rollbacks")
 
 
 class State:
@@ -38,41 +45,83 @@ class State:
     Args:
         parts: what the configuration names; the backbone moves to the device.
         fabric: launched.
+        agreement: of the processes.
 
     Attributes:
         step: optimizer steps tried so far, skipped ones included.
-        skipped: steps skipped up to the last row of the log, their gradients not finite.
+        passed: batches that roll-backs left behind: they are not seen again.
+        skipped: steps skipped up to the last row of the log.
+        streak: skipped steps in a row up to the last row of the log, those of a shrinking loss scale aside.
+        rollbacks: roll-backs since the newest checkpoint that is good.
         module: the network as one calls it in training.
         network: the network itself.
     """
 
-    def __init__(self, parts: Parts, fabric: Fabric) -> None:
+    def __init__(self, parts: Parts, fabric: Fabric, agreement: Agreement) -> None:
         configuration = parts.configuration
-        self.parts, self.fabric = parts, fabric
-        self.step = self.skipped = 0
+        train = configuration.train
+        self.parts, self.fabric, self.agreement = parts, fabric, agreement
+        self.step = self.passed = self.skipped = self.streak = self.rollbacks = 0
         self.network: nn.Module = parts.backbone.train()
+        self.averages = Averages(self.network, configuration.ema)  # of the bare network
+        if train.activation_checkpointing != "none":
+            checkpoint_activations(self.network, train.activation_checkpointing)
+        if train.compile:
+            compile_units(self.network)
         self.module: _FabricModule = fabric.setup_module(self.network)
-        self.average = Average(self.network, configuration.ema)  # after every rank has the first one's weights
-        self.optimizer = build_optimizer(self.network, configuration.optim)
-        self.window = Window(fabric.device, configuration.log.time_bins)
+        for track in self.averages.tracks.values():
+            track.to(fabric.device)
+            if train.strategy == "fsdp":
+                shard(track, fabric.strategy.device_mesh["data_parallel"])  # type: ignore[attr-defined]  # of fsdp
+        self.averages.follow(self.network)
+        self.optimizers = Optimizers(self.network, configuration.optim)
+        self.guard = Guard(fabric.device, configuration.guard)
+        self.window = Window(fabric, agreement, configuration.log.time_bins)
 
     @property
     def position(self) -> int:
         """Samples used so far: the next one's place in the training stream."""
-        return self.step * self.parts.configuration.train.global_batch
+        return (self.step + self.passed) * self.parts.configuration.train.global_batch
+
+    @property
+    def bytes(self) -> int:
+        """Size of a checkpoint."""
+        return sum(t.numel() * t.element_size() for group in self.tensors().values() for t in group.values())
 
     def snapshot(self) -> Snapshot:
-        """Return the tensors and scalars of a checkpoint; every process must call this."""
+        """Return the live tensors and the scalars of a checkpoint, the window having been read."""
+        good = not self.streak_now
+        if good:
+            self.rollbacks = 0
         scalars = {
             "version": __version__,
+            **{name: getattr(self, name) for name in COUNTERS},
             "position": self.position,
-            "skipped": self.skipped,
+            "good": good,
             "scaler": self.fabric.strategy.precision.state_dict(),
-            "window": self.window.state(self.fabric),
+            "guard": self.guard.state(),
+            "averages": self.averages.state(),
+            "window": self.window.state(),
+            "world_size": self.fabric.world_size,
             "configuration": self.parts.configuration.model_dump(mode="json"),
             "data": self.parts.dataset.manifest,
+            "statistics": self.parts.dataset.statistics,
         }
-        return Snapshot(self._tensors(), scalars)
+        return Snapshot(self.tensors(), scalars)
+
+    @property
+    def streak_now(self) -> int:
+        """Length of the streak of skipped steps, up to the last step that the window has read."""
+        streak = self.streak
+        for record in self.window.records:
+            streak = 0 if not record.reason else streak + (record.reason != "overflow")
+        return streak
+
+    def close_window(self) -> None:
+        """Count the window's skipped steps, and begin a new one."""
+        self.skipped += sum(bool(record.reason) for record in self.window.records)
+        self.streak = self.streak_now
+        self.window.clear()
 
     def restore(self, path: Path) -> None:
         """Go on from a checkpoint; everything is checked before anything is written.
@@ -80,26 +129,39 @@ class State:
         Raises:
             CheckpointError: it is damaged, of another configuration or data set, or of another network.
         """
-        saved = checkpoints.read(path)
-        check_same_run(saved.state, self.parts, path)
-        ours = self._tensors()
-        for name, tensors in ours.items():
-            check_tensors(tensors, saved.tensors.get(name, {}), f"{name} tensors in {path}")
+        saved = self.agreement.first(lambda: checkpoints.read_state(path))  # one process verifies all hashes
+        check_same_run(saved, self.parts, path)
+        ours = self.tensors()
+        theirs = {name: _read(path, name, tensors, self.agreement) for name, tensors in ours.items()}
         with torch.no_grad():
             for name, tensors in ours.items():
                 for key, tensor in tensors.items():
-                    tensor.copy_(saved.tensors[name][key])
-        self.step, self.skipped = int(saved.state["step"]), int(saved.state["skipped"])
-        self.fabric.strategy.precision.load_state_dict(saved.state["scaler"])
-        self.window.restore(saved.state["window"])
+                    tensor.copy_(theirs[name][key])
+        for name in COUNTERS:
+            setattr(self, name, int(saved[name]))
+        self.fabric.strategy.precision.load_state_dict(saved["scaler"])
+        self.guard.restore(saved["guard"])
+        self.averages.restore(saved["averages"])
+        self.window.restore(saved["window"])
 
-    def _tensors(self) -> dict[str, dict[str, Tensor]]:
-        moments = {
-            f"{name}.{key}": value
-            for name, parameter in self.network.named_parameters()
-            for key, value in self.optimizer.state.get(parameter, {}).items()
-        }
-        return {"model": self.network.state_dict(), "ema": self.average.network.state_dict(), "optim": moments}
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Return the live tensors by group and name."""
+        return {"model": self.network.state_dict(), "optim": self.optimizers.tensors(), **self.averages.tensors()}
+
+    def fingerprint(self) -> int:
+        """Return a number that is equal in two processes if their weights are, bit for bit; reads the device."""
+        sums = [p.detach().view(torch.int32).sum(dtype=torch.int64) for p in self.network.parameters()]
+        weights = torch.arange(1, len(sums) + 1, device=self.fabric.device)
+        return int((torch.stack(sums) * weights).sum()) % 2**62
+
+
+def _read(path: Path, group: str, ours: Mapping[str, Tensor], agreement: Agreement) -> Mapping[str, Tensor]:
+    """Return a group of a checkpoint, sharded as ours is, after its names, shapes and types are checked."""
+    if not sharded.is_sharded(ours):
+        theirs = checkpoints.read_group(path, group)
+        check_tensors(ours, theirs, f"{group} tensors in {path}")
+        return theirs
+    return sharded.read_into(path / group, ours, agreement.group)
 
 
 def check_same_run(saved: Mapping[str, Any], parts: Parts, path: Path) -> None:
@@ -133,7 +195,18 @@ def load_weights(state: State, path: Path) -> None:
         except SafetensorError as error:
             raise CheckpointError(f"got {path}, which is no safetensors file: {error}") from error
     else:
-        weights = checkpoints.read(checkpoints.find(path)).tensors["ema"]
+        checkpoint = checkpoints.find(path)
+        saved = checkpoints.read_state(checkpoint)
+        weights = checkpoints.read_group(checkpoint, resolve(saved["configuration"]).ema.names[0])
     check_tensors(state.network.state_dict(), weights, f"weights in {path}")
-    state.network.load_state_dict(dict(weights))
-    state.average.network.load_state_dict(dict(weights))
+    with torch.no_grad():
+        for network in (state.network, *state.averages.tracks.values()):
+            for key, tensor in network.state_dict().items():
+                _fill(tensor, weights[key])
+
+
+def _fill(tensor: Tensor, values: Tensor) -> None:
+    """Write values, or this process's part of them."""
+    if isinstance(tensor, DTensor):
+        values = distribute_tensor(values.to(tensor.device), tensor.device_mesh, tensor.placements)
+    tensor.copy_(values)

@@ -1,0 +1,78 @@
+"""One optimizer step: micro-batches, then one commit that is taken as a whole or skipped as a whole."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pathline.core.draws import Draws
+from pathline.training.guard import clipped_norm
+from pathline.training.optim import learning_rate
+from pathline.training.state import State
+
+__all__ = ["take_step"]
+
+
+def take_step(state: State) -> None:
+    """Try one optimizer step on the next global batch; the host reads no device.
+
+    Each device takes its part of the global batch, in micro-batches whose gradients add up; gradients are reduced over
+    devices once, with the last of them.
+    """
+    fabric, train = state.fabric, state.parts.configuration.train
+    share = train.global_batch // fabric.world_size
+    first = state.position + fabric.global_rank * share
+    micro = train.micro_batch or share
+    sums = torch.zeros(2, device=fabric.device)  # loss, and samples that cannot be used
+    for start in range(first, first + share, micro):
+        positions = range(start, min(start + micro, first + share))
+        with fabric.no_backward_sync(state.module, enabled=positions.stop < first + share):
+            sums += _accumulate(state, positions, len(positions) / share)
+    if fabric.world_size > 1:
+        sums = torch.as_tensor(fabric.all_reduce(sums, reduce_op="mean"))
+    _commit(state, first, sums)
+
+
+def _accumulate(state: State, positions: range, share: float) -> Tensor:
+    """Add the gradient of the samples at these positions of the training stream; return their part of the sums."""
+    parts, fabric, seed = state.parts, state.fabric, state.parts.configuration.train.seed
+    with state.window.spending("data"):
+        batch = parts.dataset.batch(parts.dataset.indices_at(positions, seed))
+        data, label = (_sent(batch[name], fabric.device) for name in ("data", "label"))
+    # what is not finite is left out of the network and makes the guard skip the step
+    finite = data.nan_to_num(0.0, 0.0, 0.0)
+    usable = (finite == data).flatten(1).all(1).float()
+    draws = Draws(seed).at(positions, step=state.step + state.passed)
+    loss = parts.objective(state.module, finite, draws, **parts.conditions(label))
+    fabric.backward(loss.total * share)
+    state.window.add_batch(loss, usable)
+    return torch.stack((loss.total.detach() * share, (1 - usable).sum()))
+
+
+def _sent(values: Tensor, device: torch.device) -> Tensor:
+    """Return values on the device; the host does not wait for the copy."""
+    if device.type == "cuda":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
+
+
+def _commit(state: State, first: int, sums: Tensor) -> None:
+    """Clip, step, average and count: or, if a number is wrong, only count."""
+    c, optimizers = state.parts.configuration, state.optimizers
+    loss, unusable = sums.unbind()
+    scaler: Any = getattr(state.fabric.strategy.precision, "scaler", None)
+    if scaler is not None:
+        for optimizer in optimizers.all:
+            scaler.unscale_(optimizer)
+    norm = clipped_norm(optimizers.parameters, c.optim.clip)
+    numbers, kept = state.guard.verdict(loss, norm, unusable)
+    optimizers.set_lr(learning_rate(c.optim, state.step, c.train.steps))
+    optimizers.step(kept)
+    if scaler is not None:
+        scaler.update()  # by what unscaling found
+    optimizers.zero_grad()
+    state.averages.update(kept)
+    state.step += 1
+    state.window.add_step(state.step, first, numbers, kept)
