@@ -14,6 +14,7 @@ from pathline.core.config import resolve
 from pathline.core.errors import ConfigurationError
 from pathline.objectives import Loss
 from pathline.training import Trainer
+from pathline.training.devices import Agreement
 from pathline.training.log import Log, read_rows
 from pathline.training.window import Window
 
@@ -50,50 +51,74 @@ def fabric():
     return Fabric(accelerator="cpu", devices=1)
 
 
+def window(time_bins):
+    return Window(fabric(), Agreement(fabric(), 1.0), time_bins)
+
+
+def add(window, times, values, *, step=1, usable=None):
+    given = loss(times, values) if times is not None else loss([0.5] * len(values), values)._replace(times=None)
+    window.add_batch(given, torch.ones(len(values)) if usable is None else torch.tensor(usable))
+
+
+def close(window, step=1, numbers=(1.0, 2.0, 0.0), kept=1.0):
+    window.add_step(step, 10 * step, torch.tensor(numbers), torch.tensor(kept))
+
+
 def test_bins_hold_the_means_of_the_first_detail():
     """Five bins over two steps of uneven micro-batches; 1 belongs to the last bin, an empty one is NaN."""
-    window, one = Window(torch.device("cpu"), time_bins=5), torch.tensor(1.0)
-    window.add_loss(loss([0.0, 0.19, 0.21], [1.0, 2.0, 7.0]), share=0.6)
-    window.add_loss(loss([1.0, 0.81], [3.0, 4.0]), share=0.4)
-    window.add_step(one, one)
-    window.add_loss(loss([0.1, 0.59], [9.0, 5.0]), share=1.0)
-    window.add_step(one, one)
-    row, _ = window.row(fabric(), 5)
+    two = window(5)
+    add(two, [0.0, 0.19, 0.21], [1.0, 2.0, 7.0])
+    add(two, [1.0, 0.81], [3.0, 4.0])
+    close(two, 1)
+    add(two, [0.1, 0.59, 0.2, 0.99, 0.99], [9.0, 5.0, 7.0, 3.0, 4.0])
+    close(two, 2)
+    assert two.read() == []
+    row = two.row(5)
     assert row["loss_by_time"][:3] == pytest.approx([4.0, 7.0, 5.0])
     assert math.isnan(row["loss_by_time"][3]) and row["loss_by_time"][4] == pytest.approx(3.5)
+    assert row["noise"] == pytest.approx((17 + 28) / 10) and row["other"] == pytest.approx(-(17 + 28) / 10)
+    assert row["loss"] == 1.0 and row["gradient_norm"] == 2.0 and row["window"] == 2
 
 
-def test_a_loss_that_is_not_finite_stays_in_its_bin():
-    window, one = Window(torch.device("cpu"), time_bins=2), torch.tensor(1.0)
-    window.add_loss(loss([0.2, 0.7], [math.nan, 2.0]), share=1.0)
-    window.add_step(one, one)
-    values = window.row(fabric(), 2)[0]["loss_by_time"]
-    assert math.isnan(values[0]) and values[1] == 2.0
+def test_steps_skipped_are_left_out_of_the_means_and_named():
+    """The second of three steps: its loss is infinite in one sample, and one sample's data were not finite."""
+    three = window(2)
+    for step, values in ((1, [1.0, 3.0]), (2, [math.inf, 9.0]), (3, [2.0, 4.0])):
+        add(three, [0.2, 0.7], values, usable=[1.0, 0.0] if step == 2 else None)
+        wrong = step == 2
+        close(three, step, (math.inf if wrong else 2.5, 7.0 + step, float(wrong)), float(not wrong))
+    (skipped,) = three.read()
+    assert (skipped.step, skipped.reason) == (2, "data")
+    expected = torch.tensor([[20, 1, 0, math.inf, 0.2], [21, 0, 1, 9.0, 0.7]])
+    assert torch.allclose(skipped.samples, expected.double())
+    row = three.row(2)
+    assert row["loss_by_time"] == [1.5, 3.5] and row["gradient_norm"] == 9.0 and row["loss"] == 2.5
 
 
 def test_without_bins_or_without_times_there_is_no_entry():
-    for bins, given in ((0, loss([0.5], [1.0])), (3, loss([0.5], [1.0])._replace(times=None))):
-        window, one = Window(torch.device("cpu"), time_bins=bins), torch.tensor(1.0)
-        window.add_loss(given, share=1.0)
-        window.add_step(one, one)
-        assert "loss_by_time" not in window.row(fabric(), 1)[0]
+    for bins, times in ((0, [0.5]), (3, None)):
+        one = window(bins)
+        add(one, times, [1.0])
+        close(one)
+        one.read()
+        assert "loss_by_time" not in one.row(1)
 
 
 def test_a_window_goes_on_from_its_state():
-    first, second = (Window(torch.device("cpu"), time_bins=4) for _ in range(2))
-    one = torch.tensor(1.0)
-    first.add_loss(loss([0.1, 0.3, 0.9], [0.1, 0.2, 0.7]), share=1.0)
-    first.add_step(one, one)
-    second.restore(json.loads(json.dumps(first.state(fabric()))))
-    other = Window(torch.device("cpu"), time_bins=3)
-    other.restore(first.state(fabric()))  # the number of bins may change between two runs
-    for window in (first, second, other):
-        window.add_loss(loss([0.15, 0.95], [0.3, 0.4]), share=1.0)
-        window.add_step(one, one)
-    rows = [window.row(fabric(), 3)[0]["loss_by_time"] for window in (first, second, other)]
+    first, second, other = (window(4), window(4), window(3))
+    add(first, [0.1, 0.3, 0.9], [0.1, 0.2, 0.7])
+    close(first, 1)
+    first.read()
+    second.restore(json.loads(json.dumps(first.state())))
+    other.restore(first.state())  # the number of bins may change between two runs
+    for one in (first, second, other):
+        add(one, [0.15, 0.95, 0.4], [0.3, 0.4, 0.2])
+        close(one, 2)
+        one.read()
+    rows = [one.row(3)["loss_by_time"] for one in (first, second, other)]
     assert rows[0][:2] == rows[1][:2] and rows[0][3] == rows[1][3] == pytest.approx(0.55)
     assert rows[0][0] == pytest.approx(0.2) and math.isnan(rows[0][2])
-    assert rows[2][0] == pytest.approx(0.3) and rows[2][2] == pytest.approx(0.4) and math.isnan(rows[2][1])
+    assert rows[2] == pytest.approx([0.3, 0.2, 0.4])  # the bins of the saved step are left out
 
 
 def test_rows_of_a_run_are_the_losses_of_its_draws(tmp_path):
@@ -129,7 +154,7 @@ def test_no_split_of_the_work_changes_them(tmp_path):
         {row["step"]: row["loss_by_time"] for row in read_rows(tmp_path / name)}
         for name in ("whole", "parts", "stopped")
     )
-    assert resumed[3] == rows[3] and resumed[7] == rows[7]
+    assert resumed == rows
     for step in (3, 6, 7):
         assert filled(rows[step]) == pytest.approx(filled(parts[step]), rel=1e-4)
 

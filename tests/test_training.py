@@ -193,17 +193,18 @@ def test_resumed_equals_unbroken_bit_for_bit(stop, tmp_path):
     assert difference(tensors(unbroken), tensors(resumed)) == 0
     assert untimed(tmp_path / "a") == untimed(tmp_path / "b")
     late = (tmp_path / "b" / "metrics.superseded.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in late] == [8, 9]
+    assert [json.loads(line)["step"] for line in late] == [8]
 
 
 def test_a_row_cut_short_by_a_kill_is_set_aside(tmp_path):
     trained(tmp_path, train={"stop_at": 5})
+    assert [row["step"] for row in read_rows(tmp_path)] == [3]
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "lo')
     resumed = Trainer(configuration(tmp_path))
     resumed.resume(tmp_path / "checkpoints" / "step-000000005")
     resumed.run()
-    assert [row["step"] for row in read_rows(tmp_path)] == [3, 5, 6, 9, 10]
+    assert [row["step"] for row in read_rows(tmp_path)] == [3, 6, 9, 10]
 
 
 def test_a_failed_resume_changes_nothing(tmp_path):

@@ -172,7 +172,7 @@ class Trainer:
             take_step(state)
             if self._log is not None:
                 self._log.advance()
-            if state.step % c.log.every == 0 or state.step == end:
+            if state.step % c.log.every == 0 or state.step == c.train.steps:
                 self._write_row()
             if state.step % c.train.collect_garbage_every == 0:
                 gc.collect()
