@@ -23,13 +23,17 @@ from pathline.training.checkpoints import (
     Snapshot,
     check_tensors,
     find,
+    finish,
+    hash_of,
     latest,
     read,
+    read_group,
     set_aside_after,
     verify,
     write,
 )
 from pathline.training.folder import RunFolder
+from pathline.training.sharded import write_group
 
 FILES = ["ema.safetensors", "model.safetensors", "optim.safetensors", "state.json"]
 ALL = Keep(99)
@@ -529,6 +533,68 @@ def test_a_group_is_a_file_or_a_folder(tmp_path):
         verify(path)
 
 
+# --- groups that are folders of shards --------------------------------------------------------------------------------
+
+
+def sharded_one(folder: Path) -> Path:
+    """A checkpoint of step 5 with one group cut up and one whole."""
+    temporary = folder / ".writing-000000005"
+    write_group(temporary / "model", snapshot(2.5).tensors["model"], None)
+    save_file(dict(snapshot(2.5).tensors["ema"]), temporary / "ema.safetensors")
+    return finish(temporary, folder / "step-000000005", 5, {"position": 7, "step": 99}, False)
+
+
+def test_a_group_may_be_a_folder(tmp_path, monkeypatch):
+    synced = []
+    inner = manifest.sync
+    monkeypatch.setattr(manifest, "sync", lambda path: (synced.append(path.name), inner(path)))
+    path = sharded_one(tmp_path)
+    assert "model" in synced  # the folder's entries too
+    content = json.loads((path / "manifest.json").read_text())
+    shard = "model/shard-00001-of-00001.safetensors"
+    assert content["files"].keys() == {"ema.safetensors", "state.json", shard}
+    assert content["files"][shard] == entry((path / shard).read_bytes())
+    assert content["groups"] == ["ema", "model"] and content["good"] is False
+    back = read(path)
+    assert back.state == {"format": 2, "step": 5, "good": False, "position": 7}
+    for group in ("model", "ema"):
+        assert back.tensors[group].keys() == {"weight", "bias"}
+        for name, tensor in snapshot(2.5).tensors[group].items():
+            assert torch.equal(back.tensors[group][name], tensor)
+    assert hash_of(path, "ema") == sha256((path / "ema.safetensors").read_bytes())
+    assert hash_of(path, "model") == sha256(json.dumps({shard: sha256((path / shard).read_bytes())}).encode())
+    with pytest.raises(CheckpointError, match=r"got no group 'ema-0.050' in .*; did you mean 'ema'\?"):
+        read_group(path, "ema-0.050")
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (truncate, r"{name} of \d+ bytes, expected"),
+        (flip, "{name} with other contents"),
+        (Path.unlink, "no file {name}"),
+        (link, "{name}, which is neither a file nor a folder"),
+        (lambda path: (path.parent / "more").write_bytes(b""), "model/more, which manifest.json does not name"),
+    ],
+)
+def test_a_damaged_shard_is_refused_by_name(damage, said, tmp_path):
+    path, name = sharded_one(tmp_path), "model/shard-00001-of-00001.safetensors"
+    damage(path / name)
+    with pytest.raises(CheckpointError, match=said.format(name=name)):
+        read(path)
+
+
+@pytest.mark.parametrize("name", [".metadata", "model/.metadata", "model/deeper/a.safetensors", "notes.txt"])
+def test_nothing_else_can_become_a_checkpoint(name, tmp_path):
+    temporary = tmp_path / ".writing-000000005"
+    (temporary / name).parent.mkdir(parents=True)
+    (temporary / name).write_bytes(b"abc")
+    save_file(dict(snapshot().tensors["ema"]), temporary / "ema.safetensors")
+    with pytest.raises(CheckpointError, match=f"names '{name}'"):
+        finish(temporary, tmp_path / "step-000000005", 5, {}, True)
+    assert names(tmp_path) == [".writing-000000005"]
+
+
 # --- format 1 --------------------------------------------------------------------------------------------------------
 
 
@@ -538,7 +604,8 @@ def format_1(folder: Path, *, without: str = "") -> Path:
     path.mkdir(parents=True)
     for name, tensors in snapshot(2.5).tensors.items():
         save_file(dict(tensors), path / f"{name}.safetensors")
-    state = {"format": 1, "step": 7, "version": "0.1.0", "position": 42, "skipped": 2}
+    window = {"steps": 3, "sums": {"loss": 1.5}, "by_time": [[0.5], [2.0]]}  # not taken over
+    state = {"format": 1, "step": 7, "version": "0.1.0", "position": 42, "skipped": 2, "window": window}
     (path / "state.json").write_text(json.dumps(state, indent=1))
     if without:
         (path / without).unlink()
@@ -558,8 +625,11 @@ def test_format_1_is_read_as_todays(tmp_path):
         "skipped": 2,
         "good": True,
         "passed": 0,
+        "streak": 0,
         "rollbacks": 0,
         "averages": {"updates": 5},
+        "guard": {},
+        "window": {"names": [], "plain": None, "records": []},
     }
     assert torch.equal(back.tensors["ema"]["weight"], torch.full((2, 3), 3.0)) and len(back.tensors) == 3
     assert latest(tmp_path, pytest.fail, good=True) == path

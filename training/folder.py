@@ -14,7 +14,7 @@ from pathlib import Path
 from pathline.core.errors import CheckpointError
 from pathline.training.manifest import make_folder
 
-__all__ = ["RunFolder"]
+__all__ = ["RunFolder", "make_folder"]
 
 LEFTOVERS = ("*/.writing-*", "*/.deleting-*")  # in the folders of checkpoints and of averages
 UNKNOWN = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)

@@ -103,12 +103,15 @@ class Writer:
         try:
             for event in copying:
                 event.synchronize()
-            checkpoints.write(self.folder, step, snapshot, self.keep)
+            self._store(step, snapshot)
             self.saved += 1
         except (OSError, MemoryError, CheckpointError) as error:
             self._fail(step, error)
         except BaseException as error:
             self._error = error
+
+    def _store(self, step: int, snapshot: Snapshot) -> None:
+        checkpoints.write(self.folder, step, snapshot, self.keep)
 
     def _fail(self, step: int, error: BaseException) -> None:
         reason = str(error) or type(error).__name__
