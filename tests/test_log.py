@@ -191,6 +191,15 @@ def test_a_disk_that_is_full_now_and_then_loses_no_row(tmp_path, monkeypatch, ca
     assert read_rows(tmp_path) == [row(step) for step in range(1, 51)]
 
 
+def test_rows_that_waited_are_set_aside_as_well(tmp_path):
+    log = written(tmp_path, 2, 3, 5)
+    with full_at(10):
+        log.write(row(7))
+    log.rewind(3)
+    log.close()
+    assert steps(tmp_path) == [2, 3] and steps(tmp_path, "metrics.superseded.jsonl") == [5, 7]
+
+
 def test_a_rewind_on_a_full_disk_is_made_up_for(tmp_path, capsys):
     log = written(tmp_path, 2, 3, 5, 7)
     before = (tmp_path / "metrics.jsonl").read_bytes()
