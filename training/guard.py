@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -45,7 +46,7 @@ class Guard:
             unusable: above 0 if values of the batch were not finite, ().
         """
         numbers = torch.stack((loss, norm, unusable))
-        kept = (numbers <= self._bounds).all()
+        kept = (numbers.nan_to_num(math.inf, math.inf, math.inf) <= self._bounds).all()  # −∞ is no small loss
         if self._follows:
             self._follow(loss, kept)
         return numbers, kept.float()
@@ -55,7 +56,8 @@ class Guard:
         moved = self._means.lerp(torch.stack((loss, loss.abs())), weight)
         self._means = torch.where(kept, moved, self._means)
         self._taken += kept
-        self._bounds[0] = torch.where(self._taken < HORIZON, self._never, self._means @ self._factors)
+        bound = (self._means @ self._factors).clamp(max=LARGEST)
+        self._bounds[0] = torch.where(self._taken < HORIZON, self._never, bound)
 
     def state(self) -> dict[str, Any]:
         """Return what a resume needs; reads the device."""
