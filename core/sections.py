@@ -65,9 +65,9 @@ class Guard(Section):
     """What is done about numbers that are not finite, and about jumps of the loss.
 
     A step is skipped whose data, loss or gradient are not finite, or whose loss exceeds the running mean by ``spike``
-    times the larger of that mean's size and the running deviation, over about 100 steps; None skips no jump. After
-    ``rollback_after`` skipped steps in a row training goes back to the newest checkpoint before them, and on with the
-    samples after them; after ``max_rollbacks`` of these it stops.
+    times the running mean of its size, both over about 100 steps, and not before as many were taken; None skips no
+    jump. After ``rollback_after`` skipped steps in a row training goes back to the newest checkpoint before them, and
+    on with the samples after them; after ``max_rollbacks`` of these it stops.
     """
 
     spike: Annotated[float, Field(gt=0)] | None = 10.0
