@@ -13,13 +13,13 @@ from lightning_fabric import Fabric
 
 import pathline
 from pathline.core.errors import PathlineError
-from pathline.training import checkpoints, sampling
+from pathline.training import sampling
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code: 0, or 2 for a wrong input."""
     parser = argparse.ArgumentParser(prog="sample.py", description="Draw samples from a trained model.")
-    parser.add_argument("model", help="a run's folder, or one checkpoint")
+    parser.add_argument("model", help="a run's folder, one checkpoint, or exported weights (.safetensors)")
     parser.add_argument("entries", nargs="*", metavar="entry=value", help="as solver.name=heun or guidance.0.scale=1.5")
     given = parser.parse_args(arguments)
     try:
@@ -33,15 +33,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def sample(model: Path, entries: Sequence[str]) -> None:
     """Draw, write, and print what it cost."""
     cpu = time.process_time()
-    checkpoint = checkpoints.find(model, lambda line: print(f"warning: {line}", file=sys.stderr))
-    configuration, parts = sampling.load(checkpoint, entries)
+    weights = sampling.find(model, lambda line: print(f"warning: {line}", file=sys.stderr))
+    configuration, parts = sampling.load(weights, entries)
     if configuration.train.threads is not None:
         torch.set_num_threads(configuration.train.threads)
     device = Fabric(accelerator="auto", devices=1).device  # whatever it was trained on
     drawn = sampling.draw(configuration, parts, device)
-    run = checkpoint.resolve().parent.parent
-    output = Path(configuration.sample.output or run / sampling.default_name(configuration))
-    written = sampling.save(drawn, configuration, checkpoint, output, pathline.__version__)
+    beside = weights.resolve().parent if weights.is_file() else weights.resolve().parent.parent
+    output = Path(configuration.sample.output or beside / sampling.default_name(configuration))
+    written = sampling.save(drawn, configuration, weights, output, pathline.__version__)
     print(
         f"{len(drawn.x):,} samples by {configuration.solver['name']}, NFE {drawn.nfe} each, in {drawn.seconds:.1f} s "
         f"({time.process_time() - cpu:.1f} CPU s with loading and writing)"

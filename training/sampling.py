@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,12 @@ from pathline.core.errors import ConfigurationError, PathlineError
 from pathline.core.flow import BaseFlow, Flow
 from pathline.solvers.guidance import Autoguidance
 from pathline.training import checkpoints
+from pathline.training.exported import load_exported
+from pathline.training.manifest import SUFFIX, parse
 from pathline.training.parts import Parts, build
 from pathline.training.pictures import ROUNDING, save_grid, to_uint8
 
-__all__ = ["Drawn", "default_name", "draw", "draw_picture", "load", "save", "save_picture", "solve"]
+__all__ = ["Drawn", "default_name", "draw", "draw_picture", "find", "load", "save", "save_picture", "solve"]
 
 
 @dataclass(frozen=True)
@@ -47,22 +50,25 @@ class Drawn:
 
 
 def load(path: Path, words: Sequence[str]) -> tuple[Configuration, Parts]:
-    """Return the configuration of a checkpoint with words applied, and its components with the averaged weights.
+    """Return the configuration of a trained model with words applied, and its components with the averaged weights.
 
-    Where guidance names a weak model by the folder of its run, or by a checkpoint, its averaged weights are loaded too,
-    and the configuration names the checkpoint.
+    Where guidance names a weak model, as a run's folder, a checkpoint or exported weights, its averaged weights are
+    loaded too, and the configuration names where they lie.
+
+    Args:
+        path: a checkpoint, or weights written by ``training.export``.
+        words: as ``solver.steps=25``.
 
     Raises:
         CheckpointError: damaged, or weights that do not fit.
         ConfigurationError: words that do not fit, or that change what was trained.
     """
-    state = checkpoints.read_state(path)
     for word in words:
         if not word.startswith(("sample.", "solver.", "solver=", "guidance.", "guidance=", "train.threads=", "data.")):
             raise ConfigurationError(
                 f"got {word!r} for a trained model, expected sample.…, solver.… or guidance.… alone"
             )
-    configuration = resolve(overrides.apply(state["configuration"], words))
+    configuration = resolve(overrides.apply(_trained_configuration(path).model_dump(mode="json"), words))
     output = configuration.sample.output
     if output is not None and not output.endswith(".npz"):
         raise ConfigurationError(f"got sample.output {output}, expected a name that ends in .npz")
@@ -72,35 +78,49 @@ def load(path: Path, words: Sequence[str]) -> tuple[Configuration, Parts]:
     return configuration, parts
 
 
+def find(model: Path, warn: Callable[[str], None]) -> Path:
+    """Return the weights that a path means: a file of exported ones, a checkpoint, or a run's newest valid one.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    return model if model.suffix == SUFFIX and model.is_file() else checkpoints.find(model, warn)
+
+
+def _trained_configuration(path: Path) -> Configuration:
+    """Return the configuration that a verified checkpoint, or the file beside exported weights, holds."""
+    return load_exported(path)[0] if path.is_file() else resolve(checkpoints.read_state(path)["configuration"])
+
+
 def _with_weak_models(configuration: Configuration) -> tuple[Configuration, Configuration]:
-    """Return the configuration with weak models named by their checkpoints, and the same with the models instead."""
+    """Return the configuration with weak models named by where they lie, and the same with the models instead."""
     named, loaded = [], []
     for number, item in enumerate(configuration.guidance):
         named.append(item)
         loaded.append(item)
         if isinstance(item.get("weak"), str):
             try:
-                checkpoint = checkpoints.find(Path(item["weak"]))
-                loaded[-1] = {**item, "weak": _weak_flow(checkpoint)}
+                path = find(Path(item["weak"]), warnings.warn)
+                loaded[-1] = {**item, "weak": _weak_flow(path)}
             except PathlineError as error:
                 raise ConfigurationError(f"guidance.{number}.weak: {error}") from error
-            named[-1] = {**item, "weak": str(checkpoint)}
+            named[-1] = {**item, "weak": str(path)}
     return configuration.model_copy(update={"guidance": named}), configuration.model_copy(update={"guidance": loaded})
 
 
-def _weak_flow(checkpoint: Path) -> Flow:
-    """Return the flow of a checkpoint's averaged weights, on the path that it was trained on."""
-    trained = resolve(checkpoints.read_state(checkpoint)["configuration"])
+def _weak_flow(path: Path) -> Flow:
+    """Return the flow of a model's averaged weights, on the path that it was trained on."""
+    trained = _trained_configuration(path)
     interpolant = interpolants.build(trained.interpolant)
     objective = objectives.build(trained.objective, interpolant=interpolant)
     backbone = backbones.build(trained.backbone)
-    _load_average(backbone, checkpoint, trained)
+    _load_average(backbone, path, trained)
     return Flow(backbone, interpolant, objective.predicts)  # type: ignore[arg-type]  # checked there
 
 
-def _load_average(backbone: nn.Module, checkpoint: Path, configuration: Configuration) -> None:
-    """Load the average that the configuration names, of a verified checkpoint."""
-    weights = checkpoints.read_group(checkpoint, _average(configuration))
+def _load_average(backbone: nn.Module, path: Path, configuration: Configuration) -> None:
+    """Load the average that the configuration names of a verified checkpoint, or exported weights."""
+    weights = load_exported(path)[1] if path.is_file() else checkpoints.read_group(path, _average(configuration))
     checkpoints.check_tensors(backbone.state_dict(), weights, "weights")
     backbone.load_state_dict(dict(weights))
     backbone.eval()
@@ -219,14 +239,13 @@ def _record(drawn: Drawn, configuration: Configuration, checkpoint: Path, versio
     }
 
 
-def _identity(checkpoint: Path, average: str | None = None) -> dict[str, str]:
-    """Return a checkpoint's name, its average's (None: the first), and the hash of that one's files."""
-    average = average or _average(resolve(checkpoints.read_state(checkpoint)["configuration"]))
-    return {
-        "name": checkpoint.name,
-        "average": average,
-        "weights_sha256": checkpoints.hash_of(checkpoint, average),
-    }
+def _identity(path: Path, average: str | None = None) -> dict[str, str]:
+    """Return the name of a checkpoint or file, its average's (None: the first), and the hash of that one's files."""
+    if path.is_file():
+        record = parse(path.with_suffix(".json"))
+        return {"name": path.name, "average": str(record.get("average")), "weights_sha256": str(record["sha256"])}
+    average = average or _average(_trained_configuration(path))
+    return {"name": path.name, "average": average, "weights_sha256": checkpoints.hash_of(path, average)}
 
 
 def _labels(configuration: Configuration, classes: int) -> Tensor | None:
