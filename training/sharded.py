@@ -27,8 +27,7 @@ from torch.distributed.tensor import DTensor
 
 from pathline.core.errors import CheckpointError
 from pathline.training.checkpoints import Keep, Snapshot, check_tensors, finish, path_of, prune
-from pathline.training.folder import make_folder
-from pathline.training.manifest import SUFFIX, problem, sync
+from pathline.training.manifest import SUFFIX, make_folder, problem, sync
 from pathline.training.together import gathered, together
 from pathline.training.writing import Writer
 
@@ -71,7 +70,8 @@ def read_into(folder: Path, templates: Mapping[str, Tensor], group: ProcessGroup
     """Read tensors distributed like the templates, which are left as they are; every process of the group calls it.
 
     Args:
-        folder: of shards written by any number of processes, or one ``.safetensors`` file.
+        folder: of shards written by any number of processes; or one ``.safetensors`` file, of which the ending may be
+            left out, as a group of a checkpoint is either.
         templates: tell names, shapes, types, devices and how each tensor is distributed.
         group: of gloo; None is the default one, or this process alone.
 
@@ -86,7 +86,7 @@ def read_full(folder: Path) -> dict[str, Tensor]:
     """Read whole tensors in one process, distributed by none.
 
     Args:
-        folder: of shards written by any number of processes, or one ``.safetensors`` file.
+        folder: as of ``read_into``.
 
     Raises:
         CheckpointError: damaged files, or pieces that do not make up whole tensors.
@@ -97,7 +97,10 @@ def read_full(folder: Path) -> dict[str, Tensor]:
 
 
 def shapes(folder: Path) -> Shapes:
-    """Return shape and type of the whole tensors in a folder of shards, or in one file; no values are read.
+    """Return shape and type of the whole tensors; no values are read.
+
+    Args:
+        folder: as of ``read_into``.
 
     Raises:
         CheckpointError: damaged files, or pieces that do not make up whole tensors.
@@ -157,17 +160,6 @@ class ShardedWriter(Writer):
             self._copies.clear()
             self._lacking = error
             return {}
-
-    def _write(self, step: int, snapshot: Snapshot, copying: list[torch.cuda.Event]) -> None:
-        try:
-            for event in copying:
-                event.synchronize()
-            self._store(step, snapshot)
-            self.saved += 1
-        except (OSError, MemoryError, CheckpointError) as error:
-            self._fail(step, error)
-        except BaseException as error:
-            self._error = error
 
     def _store(self, step: int, snapshot: Snapshot) -> None:
         """Write the shards beside, together; then the first process makes a checkpoint of them."""
@@ -280,7 +272,8 @@ def _slices(first: Sequence[int], last: Sequence[int], origin: Sequence[int]) ->
 
 def _stored(folder: Path) -> Iterator[tuple[str, Any, tuple[int, ...]]]:
     """Give name, values (read when they are sliced) and offset of every piece in a folder or a file."""
-    files = [folder] if folder.is_file() else sorted(folder.glob(f"*{SUFFIX}"))
+    plain = [path for path in (folder, Path(f"{folder}{SUFFIX}")) if path.is_file()]
+    files = plain[:1] or sorted(folder.glob(f"*{SUFFIX}"))
     if not files:
         raise CheckpointError(f"got {folder}, which holds no {SUFFIX} file")
     for file in files:
