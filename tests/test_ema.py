@@ -159,7 +159,7 @@ def test_skipped_updates_change_no_bit_and_no_value_is_read():
     """Also where the trained weights are not finite: as if they had not been, buffers and count included."""
     network = Small()
     ours, unbroken = Averages(network, THREE), Averages(network, THREE)
-    plan = [(False, 1), (True, 2), (True, 3), (False, 4), (False, 5), (True, 7)]
+    plan = [(False, 1), (True, 2), (True, 3), (False, 4), (False, 5), (True, 7), (False, 11)]
     for taken, step in plan:
         walk(network, step)
         if not taken:

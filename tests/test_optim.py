@@ -162,6 +162,38 @@ def test_moments_are_there_before_the_first_step(name):
     assert all(p.grad is None for p in network.parameters())
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_resumed_optimizer_goes_on_bit_for_bit(name):
+    """Moments copied into those of a fresh one, weights into those of its network."""
+    networks = Blocks(), Blocks()
+    settings = Optim(name=name, lr=0.02, weight_decay=0.3)
+    unbroken, resumed = (Optimizers(network, settings) for network in networks)
+    for step in range(5):
+        if step == 2:
+            networks[1].load_state_dict(networks[0].state_dict())
+            for key, tensor in resumed.tensors().items():
+                tensor.copy_(unbroken.tensors()[key])
+        for network, optimizers in zip(networks, (unbroken, resumed), strict=True):
+            if step >= 2 or optimizers is unbroken:
+                set_gradients(network, step)
+                optimizers.step(TAKEN)
+    assert same_bits(copies(unbroken), copies(resumed))
+
+
+def test_a_loss_scaler_unscales_every_gradient():
+    network, other = Blocks(), Blocks()
+    optimizers, scaler = Optimizers(network, Optim(name="muon")), torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(torch.zeros(()))
+    for each in (network, other):
+        set_gradients(each, 0)
+    for p in network.parameters():
+        p.grad *= 8
+    for optimizer in optimizers.all:
+        scaler.unscale_(optimizer)
+    for p, q in zip(network.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)
+
+
 def test_frozen_parameters_have_no_moments_and_stay():
     network = Blocks()
     network.head.requires_grad_(False)
