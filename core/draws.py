@@ -20,11 +20,18 @@ from torch import Tensor
 
 from pathline.core.errors import InputError
 
-__all__ = ["BoundDraws", "Draws"]
+__all__ = ["BoundDraws", "Draws", "send"]
 
 _WORDS = 4  # 64-bit words in one Philox block
 _LIMIT = 2**64
 Ids = Tensor | Sequence[int] | range
+
+
+def send(values: Tensor, device: torch.device) -> Tensor:
+    """Return values of the host on a device. The host does not wait for a CUDA device to take them."""
+    if device.type == "cuda" and values.device.type == "cpu":
+        return values.pin_memory().to(device, non_blocking=True)
+    return values.to(device)
 
 
 class Draws:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pathline.core.checks import check_finite, check_labels
-from pathline.core.draws import BoundDraws, Draws
+from pathline.core.draws import BoundDraws, Draws, send
 from pathline.core.errors import InputError, InputTypeError
 from pathline.core.registry import Registry
 from pathline.interpolants import couplings
@@ -111,7 +111,7 @@ class Objective(ABC):
         """
         draws = draws or Draws.from_torch().at(range(len(data)))
         self._check(backbone, data, draws, conditions)
-        noise = draws.normal("noise", data.shape[1:]).to(data) if source is None else self._source(source, data)
+        noise = self._noise(draws, data) if source is None else self._source(source, data)
         if coupling_condition is not None and _ignores_conditions(self.coupling):
             raise InputError(
                 f"got a coupling_condition for the coupling {type(self.coupling).__name__}, which does not use it; "
@@ -141,6 +141,10 @@ class Objective(ABC):
         total = sum((self.weights[name] * term for name, term in terms.items()), start=torch.zeros(()))
         plain = {name: value.detach() for name, value in details.items()}
         return Loss(total.mean(), terms, plain, None if times is None else times.detach())
+
+    @staticmethod
+    def _noise(draws: BoundDraws, data: Tensor) -> Tensor:
+        return send(draws.normal("noise", data.shape[1:]), data.device).to(data)
 
     def _source(self, source: Tensor, data: Tensor) -> Tensor:
         if not isinstance(self.interpolant, TwoEnded):
@@ -180,7 +184,7 @@ class Objective(ABC):
                 "set label_dropout=0, or give the backbone a null label"
             )
         dropped = draws.uniform("label dropout") < self.label_dropout
-        kept["label"] = label.masked_fill(dropped.to(label.device), null)
+        kept["label"] = label.masked_fill(send(dropped, label.device), null)
         return kept
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pathline.core.draws import BoundDraws
+from pathline.core.draws import BoundDraws, send
 from pathline.core.errors import InputError
 from pathline.interpolants.base import Interpolant
 from pathline.interpolants.couplings import CouplingSpec
@@ -68,7 +68,7 @@ class Contrastive(Objective):
         if len(data) < 2:
             raise InputError("got a batch of one, which has no other sample to contrast with; use 2 or more")
         low, high = self.interval
-        t = (low + (high - low) * self.times.sample(draws)).to(data.device)
+        t = send(low + (high - low) * self.times.sample(draws), data.device)
         velocity = backbone(self.interpolant.interpolate(data, noise, t), t, **conditions)
         error = squared_error(velocity, self.interpolant.velocity(data, noise, t))
         other = self.interpolant.velocity(data.roll(-1, 0), noise.roll(-1, 0), t)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pathline.core.draws import BoundDraws
+from pathline.core.draws import BoundDraws, send
 from pathline.core.errors import InputError
 from pathline.interpolants.base import Interpolant, broadcast
 from pathline.interpolants.bridge import Stochastic
@@ -100,8 +100,10 @@ class Regression(Objective):
     ) -> Loss:
         """Evaluate the loss at one time a sample."""
         self.check_features(features, backbone, len(data))
-        t, importance = (value.to(data.device) for value in self.draw_times(draws))
-        latent = draws.normal("latent", data.shape[1:]).to(data) if self.interpolant.latent_noise else None
+        t, importance = (send(value, data.device) for value in self.draw_times(draws))
+        latent = None
+        if self.interpolant.latent_noise:
+            latent = send(draws.normal("latent", data.shape[1:]), data.device).to(data)
         x = self.interpolant.interpolate(data, noise, t, latent)
         prediction, extra = self.predict(backbone, x, t, features, conditions)
         terms, plain = self._terms(prediction, data, noise, t, latent)

@@ -19,7 +19,7 @@ from torch.func import jvp
 
 from pathline import objectives, solvers
 from pathline.backbones.layers import math_attention
-from pathline.core.draws import BoundDraws
+from pathline.core.draws import BoundDraws, send
 from pathline.core.errors import InputError
 from pathline.core.flow import BaseFlow
 from pathline.interpolants.base import Interpolant, broadcast
@@ -105,7 +105,7 @@ class MeanFlowObjective(Objective):
         """Evaluate the loss: one network call with its derivative along the path."""
         if features:
             raise InputError("got encoder features, which the mean-flow objective does not use; leave them out")
-        r, t = (time.to(data.device) for time in self.draw_times(draws))
+        r, t = (send(time, data.device) for time in self.draw_times(draws))
         x, v = (f(data, noise, t) for f in (self.interpolant.interpolate, self.interpolant.velocity))
         u, rate = self.derive(backbone, x, v.to(x), t, r, conditions)
         mean = squared_error(u + broadcast(t - r, x) * rate.detach(), v)  # Δ = u − target

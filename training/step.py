@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from pathline.core.draws import Draws
+from pathline.core.draws import Draws, send
 from pathline.training.guard import clipped_norm
 from pathline.training.optim import learning_rate
 from pathline.training.state import State
@@ -31,7 +32,8 @@ def take_step(state: State) -> None:
         with fabric.no_backward_sync(state.module, enabled=positions.stop < first + share):
             sums += _accumulate(state, positions, len(positions) / share)
     if fabric.world_size > 1:
-        sums = torch.as_tensor(fabric.all_reduce(sums, reduce_op="mean"))
+        dist.all_reduce(sums)  # Fabric's own would first wait for the other processes, and so for the devices
+        sums /= fabric.world_size
     _commit(state, first, sums)
 
 
@@ -40,7 +42,7 @@ def _accumulate(state: State, positions: range, share: float) -> Tensor:
     parts, fabric, seed = state.parts, state.fabric, state.parts.configuration.train.seed
     with state.window.spending("data"):
         batch = parts.dataset.batch(parts.dataset.indices_at(positions, seed))
-        data, label = (_sent(batch[name], fabric.device) for name in ("data", "label"))
+        data, label = (send(batch[name], fabric.device) for name in ("data", "label"))
     # what is not finite is left out of the network and makes the guard skip the step
     finite = data.nan_to_num(0.0, 0.0, 0.0)
     usable = (finite == data).flatten(1).all(1).float()
@@ -49,13 +51,6 @@ def _accumulate(state: State, positions: range, share: float) -> Tensor:
     fabric.backward(loss.total * share)
     state.window.add_batch(loss, usable)
     return torch.stack((loss.total.detach() * share, (1 - usable).sum()))
-
-
-def _sent(values: Tensor, device: torch.device) -> Tensor:
-    """Return values on the device; the host does not wait for the copy."""
-    if device.type == "cuda":
-        values = values.pin_memory()
-    return values.to(device, non_blocking=True)
 
 
 def _commit(state: State, first: int, sums: Tensor) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pathline.core.draws import BoundDraws
+from pathline.core.draws import BoundDraws, send
 from pathline.core.errors import InputError
 from pathline.interpolants.base import Interpolant, broadcast
 from pathline.interpolants.couplings import CouplingSpec
@@ -101,7 +101,7 @@ class DeepFlowObjective(Objective):
             raise InputError(
                 f"got {len(features)} encoder features with align {self.weights['align']}; give both or neither"
             )
-        times = tuple(t.to(data.device) for t in self.draw_times(draws, _branch_count(backbone)))
+        times = tuple(send(t, data.device) for t in self.draw_times(draws, _branch_count(backbone)))
         x = self.interpolant.interpolate(data, noise, times[0])
         out: Branches = backbone(x, times[0], branch_times=times[1:], **conditions)
         if any(out.features) and not features:  # data parallelism cannot wait for gradients that never come
