@@ -20,6 +20,7 @@ from pathline.core.sections import Ema
 from pathline.training import checkpoints
 from pathline.training.checkpoints import Keep, Snapshot
 from pathline.training.ema import Averages, exponent
+from pathline.training.exported import load_exported
 from pathline.training.posthoc import Profile, main, plan, reconstruct, solve_weights
 
 COUNT = 2048  # updates
@@ -156,7 +157,8 @@ def test_the_command_writes_weights_and_how_they_came_about(walk, tmp_path, caps
     record = json.loads(file.with_suffix(".json").read_text())
     printed = capsys.readouterr().out.splitlines()
     assert printed[:2] == [str(file), str(file.with_suffix(".json"))] and "from 16 snapshots" in printed[2]
-    weights = load_file(file)
+    loaded, weights = load_exported(file)
+    assert loaded == resolve(record["configuration"])
     assert error(weights["weight"], states[COUNT]["ema-0.130"]["weight"], last) < 5e-3
     assert record["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
     assert (record["step"], record["updates"], record["length"]) == (COUNT + 10, COUNT, 0.13)
@@ -218,11 +220,11 @@ def test_damaged_snapshots_are_refused_by_name(walk, tmp_path, capsys):
     weights.write_bytes(content)
     assert main([str(run), "--length", "0.13"]) == 2
     assert weights.name in capsys.readouterr().err and [entry.name for entry in run.iterdir()] == ["averages"]
-    state = path(run, COUNT // 4) / "state.json"
-    for damage in ("{", '{"updates": 5}', '{"updates": "many", "configuration": {"ema": {}}}'):
-        state.write_text(damage)
-        with pytest.raises(CheckpointError, match=rf"got .*{state.parent.name}, whose state.json cannot be read"):
-            plan(run, 0.13)
+    for state in ({"updates": 5}, {"updates": "many", "configuration": {"ema": {"lengths": [0.05, 0.1]}}}):
+        other = tmp_path / str(state["updates"])
+        checkpoints.write(other / "averages", 7, Snapshot({"ema-0.050": {"weight": torch.ones(2)}}, state), Keep(1))
+        with pytest.raises(CheckpointError, match=r"got .*step-000000007, which tells no lengths or updates"):
+            plan(other, 0.13)
 
 
 def test_snapshots_of_other_lengths_do_not_mix(walk, tmp_path):

@@ -9,7 +9,6 @@ S snapshots of K tracks each; n counts updates.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import os
@@ -22,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -30,7 +30,8 @@ from pathline.core.errors import CheckpointError, InputError, PathlineError
 from pathline.core.sections import Ema
 from pathline.training import checkpoints
 from pathline.training.ema import exponent
-from pathline.training.manifest import STATE, parse
+from pathline.training.exported import digest
+from pathline.training.manifest import sync
 
 __all__ = ["Profile", "Reconstruction", "main", "plan", "reconstruct", "save", "solve_weights"]
 
@@ -71,25 +72,22 @@ class Reconstruction:
     state: dict[str, Any]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Read the snapshots, one at a time, and add them up in float64.
+        """Read the tracks of the snapshots, one at a time, and add them up in float64.
 
         What is the same in every track of the last snapshot is a buffer, or never moved, and is copied.
-
-        Raises:
-            CheckpointError: a snapshot is damaged; it is named.
         """
-        end = list(self.weights)[-1]
-        last = checkpoints.read(end).tensors
-        first, *others = (last[name] for name in self.weights[end])
-        copied = {key for key, value in first.items() if all(torch.equal(value, track[key]) for track in others)}
+        end, tracks = list(self.weights.items())[-1]
+        first, *others = (checkpoints.read_group(end, name) for name in tracks)
+        copied = {key for key, value in first.items() if all(torch.equal(value, other[key]) for other in others)}
+        del others  # as large as the network each
         summed = {
             key: torch.zeros_like(value, dtype=torch.float64) for key, value in first.items() if key not in copied
         }
         for path, weights in self.weights.items():
-            stored = last if path == end else checkpoints.read(path).tensors
             for name, weight in weights.items():
+                stored = checkpoints.read_group(path, name)
                 for key, total in summed.items():
-                    total.add_(stored[name][key], alpha=weight)
+                    total.add_(stored[key], alpha=weight)
         return {key: value if key in copied else summed[key].float() for key, value in first.items()}
 
 
@@ -168,13 +166,13 @@ def _stored(folder: Path, step: int | None) -> list[Stored]:
 
 
 def _read(path: Path) -> Stored:
-    """Read what a snapshot tells of itself; it is verified when its tensors are read."""
+    """Verify a snapshot and read what it tells of itself."""
+    state = checkpoints.read_state(path)
     try:
-        state = parse(path / STATE)
         ema = Ema.model_validate(state["configuration"]["ema"])
         state["updates"] = int(state["updates"])
-    except (CheckpointError, OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"got {path}, whose {STATE} cannot be read: {error!r}; move it elsewhere") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"got {path}, which tells no lengths or updates: {error!r}; move it elsewhere") from error
     names = [name for name in ema.names if name != "ema"]
     return Stored(path, {name: exponent(length) for name, length in zip(names, ema.lengths, strict=True)}, state)
 
@@ -183,35 +181,37 @@ def save(found: Reconstruction, output: Path) -> Path:
     """Write the weights, and beside them a JSON file that tells how they came about; return its path.
 
     Raises:
-        CheckpointError: a snapshot is damaged.
         OSError: the disk is full or read-only.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".writing-{output.name}-{os.getpid()}")
+    temporary = output.with_name(f".{output.name}-{os.getpid()}")
     try:
-        save_file({key: value.contiguous() for key, value in found.tensors().items()}, temporary)
+        save_file(found.tensors(), temporary, metadata={"format": "pt"})
+        sync(temporary)
+        record = json.dumps(_record(found, temporary), indent=1)
         temporary.replace(output)
+    except SafetensorError as error:
+        raise OSError(f"{output}: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
-    record = output.with_suffix(".json")
-    record.write_text(json.dumps(_record(found, output), indent=1))
-    output.chmod(record.stat().st_mode)  # safetensors lets the owner alone read
-    return record
+    beside = output.with_suffix(".json")
+    beside.write_text(record)
+    output.chmod(beside.stat().st_mode)  # safetensors lets the owner alone read
+    return beside
 
 
-def _record(found: Reconstruction, output: Path) -> dict[str, Any]:
-    with output.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+def _record(found: Reconstruction, weights: Path) -> dict[str, Any]:
+    """Return what the JSON file tells: that of any exported weights, and the sum."""
     return {
         "version": __version__,
-        "sha256": digest,
+        "sha256": digest(weights),
         "average": f"ema-{found.length:.3f}",
         "length": found.length,
         "step": found.state["step"],
         "updates": found.state["updates"],
         "residual": found.residual,
-        "snapshots": {path.name: weights for path, weights in found.weights.items()},
-        "configuration": found.state["configuration"],
+        "snapshots": {path.name: of_tracks for path, of_tracks in found.weights.items()},
+        **{key: found.state[key] for key in ("configuration", "data", "statistics") if key in found.state},
     }
 
 
