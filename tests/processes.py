@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,11 +28,13 @@ class Ended(NamedTuple):
         codes: exit codes, −n for one that signal n ended; −9 for one that was running at the timeout.
         results: what the function returned, through JSON; None for a process that failed.
         outputs: what each wrote to stdout and stderr, the trace of an exception included.
+        seconds: how long each ran.
     """
 
     codes: list[int]
     results: list[Any]
     outputs: list[str]
+    seconds: list[float]
 
     def checked(self) -> list[Any]:
         """Return the results; raise AssertionError, with all that was written, if a process failed."""
@@ -41,7 +43,9 @@ class Ended(NamedTuple):
         return self.results
 
 
-def run_processes(count: int, function: Callable[..., Any], *arguments: Any, timeout: float = 60.0) -> Ended:
+def run_processes(
+    count: int, function: Callable[..., Any], *arguments: Any, timeout: float = 60.0, endless: Collection[int] = ()
+) -> Ended:
     """Call ``function(*arguments)`` in ``count`` forked processes, with the environment that torchrun gives.
 
     A process that fails leaves the others alone: they have to find out for themselves. All are killed at the timeout,
@@ -52,15 +56,17 @@ def run_processes(count: int, function: Callable[..., Any], *arguments: Any, tim
         function: may be a closure; returns what JSON can hold.
         arguments: of the function.
         timeout: in seconds, for all together.
+        endless: ranks that are not waited for, as one that stops itself: killed once the others have ended.
     """
     port, numbers = _free_port(), range(count)
     with tempfile.TemporaryDirectory(prefix="processes-") as name:
         folder = Path(name)
         children = [_fork(rank, count, port, folder, lambda: function(*arguments)) for rank in numbers]
-        codes = _wait(children, time.monotonic() + timeout)
+        awaited = [child for rank, child in enumerate(children) if rank not in endless]
+        codes, seconds = _wait(children, awaited, timeout)
         results = [_read(folder / f"{rank}.json") if codes[rank] == 0 else None for rank in numbers]
         outputs = [(folder / f"{rank}.txt").read_text(errors="replace") for rank in numbers]
-    return Ended(codes, results, outputs)
+    return Ended(codes, results, outputs, seconds)
 
 
 def _free_port() -> int:
@@ -124,12 +130,16 @@ def _run(work: Callable[[], Any], file: Path) -> int:
         sys.stderr.flush()
 
 
-def _wait(children: list[int], deadline: float) -> list[int]:
-    """Return the exit codes; what still runs at the deadline, or when the wait is broken off, is killed."""
+def _wait(children: list[int], awaited: list[int], timeout: float) -> tuple[list[int], list[float]]:
+    """Return exit codes and seconds; what still runs in the end, or when the wait is broken off, is killed."""
     codes: dict[int, int] = {}
+    seconds: dict[int, float] = {}
+    began = time.monotonic()
     try:
-        while len(codes) < len(children) and time.monotonic() < deadline:
-            codes.update(_reaped(children, codes, os.WNOHANG))
+        while not codes.keys() >= set(awaited) and time.monotonic() < began + timeout:
+            ended = _reaped(children, codes, os.WNOHANG)
+            codes.update(ended)
+            seconds.update(dict.fromkeys(ended, time.monotonic() - began))
             time.sleep(0.005)
     finally:
         for child in children:
@@ -138,7 +148,7 @@ def _wait(children: list[int], deadline: float) -> list[int]:
                     with contextlib.suppress(ProcessLookupError):
                         kill(child, signal.SIGKILL)
         codes.update(_reaped(children, codes, 0))
-    return [codes[child] for child in children]
+    return [codes[child] for child in children], [seconds.get(child, time.monotonic() - began) for child in children]
 
 
 def _reaped(children: list[int], codes: dict[int, int], options: int) -> dict[int, int]:
