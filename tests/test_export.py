@@ -174,13 +174,15 @@ def test_other_endings_are_refused(whole, tmp_path):
 def test_a_failed_export_leaves_what_was_there(whole, monkeypatch):
     path = export.export(whole)
 
-    def full(*_, **__):
+    def full(_, file, **__):
+        file.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(export, "save_file", full)
     with pytest.raises(OSError, match="No space"):
         export.export(whole)
     load_exported(path)
+    assert sorted(file.suffix for file in path.parent.iterdir()) == ["", ".json", ".safetensors"]
     with pytest.raises(OSError, match="No space"):
         make_whole(whole)
     assert list((whole.parent.parent / "whole").iterdir()) == []
