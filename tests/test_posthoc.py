@@ -72,7 +72,7 @@ def configuration(folder: Path, ema: Ema) -> dict:
         "backbone": {"name": "mlp"},
         "objective": "velocity",
         "ema": ema.model_dump(mode="json"),
-        "train": {"steps": 5, "folder": str(folder)},
+        "train": {"steps": 3000, "folder": str(folder)},
     }
     return resolve(entries).model_dump(mode="json")
 
