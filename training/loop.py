@@ -166,6 +166,9 @@ class Trainer:
     def _loop(self, signals: Signals) -> None:
         c, state = self.configuration, self.state
         end = min(c.train.steps, c.train.stop_at or c.train.steps)
+        if state.step:  # what ended the run before may have come between its checkpoint and these
+            self._store_averages()
+            self._picture(end)
         while state.step < end or state.streak >= c.guard.rollback_after:
             if state.streak >= c.guard.rollback_after:
                 self._roll_back()
@@ -179,12 +182,10 @@ class Trainer:
             leave = self.agreement.largest(signals.caught)
             if state.step % c.checkpoint.every == 0 or state.step == end or leave:
                 self._save(last=bool(leave) or state.step == end)
-            if c.ema.snapshot_every and state.step % c.ema.snapshot_every == 0:
-                self._store_averages()
+            self._store_averages()
             if leave:
                 self._leave(leave)
-            if self._picture_due(end):
-                self._picture()
+            self._picture(end)
 
     def _write_row(self) -> None:
         """Read the window's means, once for all devices, and write them down."""
@@ -230,6 +231,8 @@ class Trainer:
             if self.fabric.world_size > 1 and not sharded and not self.agreement.same(state.fingerprint()):
                 raise ProcessError("got weights that differ between processes; resume from the newest checkpoint")
             self._read_window()
+            if self._averages_writer is not None:
+                self._averages_writer.wait()  # a resumed run stores those of this step again, none before
             snapshot = state.snapshot()
             if self._writer is not None:
                 self._writer.save(state.step, snapshot)
@@ -238,8 +241,10 @@ class Trainer:
         self._tell_failures()
 
     def _store_averages(self) -> None:
-        """Store the power-function averages, of which others can be made after training."""
-        state, writer = self.state, self._averages_writer
+        """Store the power-function averages, if that is due, of which others can be made after training."""
+        state, writer, every = self.state, self._averages_writer, self.configuration.ema.snapshot_every
+        if not every or state.step % every:
+            return
         with state.window.spending("checkpoint"):
             tensors = {name: group for name, group in state.averages.tensors().items() if name != "ema"}
             scalars = {
@@ -295,8 +300,10 @@ class Trainer:
         drawable = self.parts.dataset.shape[0] in (1, 3)  # latents are not
         return drawable and (step == end or (every is not None and step % every == 0))
 
-    def _picture(self) -> None:
-        """Draw samples with an average, in all processes alike; the first writes them down."""
+    def _picture(self, end: int) -> None:
+        """Draw samples with an average, if that is due, in all processes alike; the first writes them down."""
+        if not self._picture_due(end):
+            return
         network = self.state.averages.network(self.configuration.sample.average)
         with self.state.window.spending("other"):
             try:
