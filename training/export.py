@@ -23,10 +23,10 @@ from pathline import __version__
 from pathline.core.config import resolve
 from pathline.core.errors import CheckpointError, InputError, PathlineError, suggest
 from pathline.training import checkpoints
-from pathline.training.exported import digest, load_exported
+from pathline.training.exported import digest
 from pathline.training.manifest import SUFFIX, make_folder, read_manifest, sync
 
-__all__ = ["export", "load_exported", "main", "make_whole"]
+__all__ = ["export", "main", "make_whole"]
 
 
 def export(checkpoint: Path, average: str | None = None, output: Path | None = None) -> Path:
