@@ -251,6 +251,8 @@ class Trainer:
                 "version": __version__,
                 **state.averages.state(),
                 "configuration": self.configuration.model_dump(mode="json"),
+                "data": self.parts.dataset.manifest,
+                "statistics": self.parts.dataset.statistics,
             }
             if writer is not None:
                 writer.save(state.step, Snapshot(tensors, scalars))

@@ -13,7 +13,7 @@ from torch.optim import AdamW, Optimizer
 from pathline.core.errors import ConfigurationError, MissingPackageError
 from pathline.core.sections import Optim
 
-__all__ = ["Optimizers", "build_optimizer", "learning_rate"]
+__all__ = ["Optimizers", "learning_rate", "matrices_of_blocks"]
 
 
 class Optimizers:
@@ -37,7 +37,7 @@ class Optimizers:
     def __init__(self, network: nn.Module, settings: Optim) -> None:
         self._names = {p: name for name, p in network.named_parameters() if p.requires_grad}
         self.parameters = list(self._names)
-        matrices = _matrices_of_blocks(network) if settings.name == "muon" else set()
+        matrices = matrices_of_blocks(network) if settings.name == "muon" else set()
         orthogonal = [p for p in self.parameters if p in matrices]
         others = [p for p in self.parameters if p not in matrices]
         self.all: list[Optimizer] = [_adamw(network, others, settings)] if others else []
@@ -135,7 +135,7 @@ def _muon(parameters: list[nn.Parameter], settings: Optim) -> Optimizer:
     return optimizer
 
 
-def _matrices_of_blocks(network: nn.Module) -> set[Tensor]:
+def matrices_of_blocks(network: nn.Module) -> set[Tensor]:
     """Return the weights of linear layers inside the network's lists of modules."""
     lists = [module for module in network.modules() if isinstance(module, nn.ModuleList)]
     inside = (module for blocks in lists for module in blocks.modules())
@@ -145,29 +145,6 @@ def _matrices_of_blocks(network: nn.Module) -> set[Tensor]:
 def _local(tensor: Tensor) -> Tensor:
     """Return this process's part of a tensor that may be cut up over several."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def build_optimizer(network: nn.Module, settings: Optim) -> AdamW:
-    """Return fused AdamW over the network's trainable parameters, its moments zero.
-
-    AdamW itself would make them at the first step; made here, a checkpoint of any step holds the same names.
-    """
-    parameters = [p for p in network.parameters() if p.requires_grad]
-    optimizer = AdamW(
-        parameters,
-        lr=settings.lr,
-        betas=settings.betas,
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )
-    for p in parameters:
-        optimizer.state[p] = {
-            "step": torch.zeros((), device=p.device),
-            "exp_avg": torch.zeros_like(p),
-            "exp_avg_sq": torch.zeros_like(p),
-        }
-    return optimizer
 
 
 def learning_rate(settings: Optim, step: int, steps: int) -> float:
