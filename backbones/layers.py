@@ -244,6 +244,8 @@ class Block(nn.Module):
 
     def __init__(self, width: int, num_heads: int, mlp_ratio: float = 4.0, *, query_key_norm: bool = False) -> None:
         super().__init__()
+        if width * mlp_ratio < 1:
+            raise InputError(f"got mlp_ratio {mlp_ratio} of width {width}, expected an MLP at least 1 wide")
         self.modulation = Modulation(width, 6)
         self.attention_norm = norm_without_affine(width)
         self.attention = Attention(width, num_heads, norm=query_key_norm)

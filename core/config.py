@@ -84,11 +84,15 @@ def resolve(entries: Mapping[str, Any]) -> Configuration:
     try:
         configuration = Configuration.model_validate(filled)
     except ValidationError as error:
-        problems += [_explain(dict(detail)) for detail in error.errors()]
+        named = {line.partition(":")[0] for line in problems}
+        found = [_explain(dict(detail)) for detail in error.errors()]
+        problems += [line for line in found if line.partition(":")[0] not in named]
     if configuration is not None:
         problems += _contradictions(configuration)
     if problems or configuration is None:
-        raise ConfigurationError("\n  ".join([f"{len(problems)} wrong configuration entries:", *sorted(set(problems))]))
+        lines = sorted(set(problems))
+        head = f"{len(lines)} wrong configuration {'entry' if len(lines) == 1 else 'entries'}:"
+        raise ConfigurationError("\n  ".join([head, *lines]))
     return configuration
 
 
@@ -166,10 +170,18 @@ def _typed(value: Any, annotation: Any, path: str, problems: list[str]) -> Any:
         return value
     try:
         adapter = TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False))
-        return adapter.dump_python(adapter.validate_python(value), mode="json")
+        typed = adapter.dump_python(adapter.validate_python(value), mode="json")
     except ValidationError as error:
         problems.append(f"{path}: got {value!r}; {error.errors()[0]['msg']}")
         return value
+    if _truths(value) > _truths(typed):  # pydantic reads true as 1
+        problems.append(f"{path}: got {value!r}; expected a number, which true and false are none of")
+    return typed
+
+
+def _truths(value: Any) -> int:
+    """Count true and false in a value, lists in it included."""
+    return sum(map(_truths, value)) if isinstance(value, list | tuple) else isinstance(value, bool)
 
 
 def _explain(detail: dict[str, Any]) -> str:
@@ -195,10 +207,16 @@ def _contradictions(c: Configuration) -> Iterator[str]:
         yield f"train.stop_at: got {train.stop_at}, after the last step {train.steps}"
     if train.strategy == "fsdp" and train.precision == "fp16":
         yield "train.strategy: got fsdp with precision fp16, whose loss scale it cannot share; use bf16, or ddp"
+    if train.strategy == "fsdp" and c.optim.name == "muon":
+        yield "train.strategy: got fsdp with optim.name muon, whose sums over shards differ by 1e-4; use ddp, or adamw"
     if train.strategy != "auto" and workers == 1:
         yield f"train.strategy: got {train.strategy} for one device; leave it out, or set train.devices"
+    every, kept = c.checkpoint.every, c.checkpoint.keep_every
+    if kept is not None and kept % every:
+        yield f"checkpoint.keep_every: got {kept}, expected a multiple of checkpoint.every {every}; others are not made"
     yield from _optimizer_contradictions(c.optim, train.steps)
-    yield from _average_contradictions(c)
+    yield from _average_contradictions(c.ema, train.steps)
+    yield from _sample_contradictions(c.sample, c.ema.names)
 
 
 def _optimizer_contradictions(optim: Optim, steps: int) -> Iterator[str]:
@@ -210,14 +228,22 @@ def _optimizer_contradictions(optim: Optim, steps: int) -> Iterator[str]:
         yield f"optim.muon_momentum: got {optim.muon_momentum} for {optim.name}; use optim.name=muon"
 
 
-def _average_contradictions(c: Configuration) -> Iterator[str]:
-    ema = c.ema
+def _average_contradictions(ema: Ema, steps: int) -> Iterator[str]:
     names = ema.names
     if not names:
         yield "ema.decay: got none, and no ema.lengths; samples are drawn with an average, so give one of them"
     if len(set(names)) < len(names):
         yield f"ema.lengths: got {list(ema.lengths)}, equal to three decimals; leave one out"
+    if ema.decay is None and not ema.warmup:
+        yield "ema.warmup: got false without ema.decay, whose warm-up it is; leave it out"
     if ema.snapshot_every is not None and len(ema.lengths) < 2:
         yield f"ema.snapshot_every: got {ema.snapshot_every} with {len(ema.lengths)} ema.lengths; give two or more"
-    if c.sample.average is not None and c.sample.average not in names:
-        yield f"sample.average: got {c.sample.average!r}; {suggest(c.sample.average, names)}"
+    elif ema.snapshot_every is not None and ema.snapshot_every > steps:
+        yield f"ema.snapshot_every: got {ema.snapshot_every}, more than train.steps {steps}"
+
+
+def _sample_contradictions(sample: Sample, names: list[str]) -> Iterator[str]:
+    if sample.output is not None and not sample.output.endswith(".npz"):
+        yield f"sample.output: got {sample.output}, expected a name that ends in .npz"
+    if sample.average is not None and sample.average not in names:
+        yield f"sample.average: got {sample.average!r}; {suggest(sample.average, names)}"

@@ -41,7 +41,9 @@ def parse(text: str) -> Any:
     """
     try:
         return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+    except ConfigurationError:
+        raise
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # the second is a date or a number that is none
         raise ConfigurationError(f"got text that is not YAML: {error}") from error
 
 
@@ -54,7 +56,10 @@ def read(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise ConfigurationError(f"got no file at {path}, expected a configuration; see configs/")
-    content = parse(path.read_text())
+    try:
+        content = parse(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(f"got {path}, which is no text in UTF-8: {error}; see configs/") from error
     if not isinstance(content, dict):
         raise ConfigurationError(f"got {path} with a {type(content).__name__} in it, expected sections")
     return content

@@ -11,7 +11,24 @@ __all__ = ["Checkpoint", "Ema", "Guard", "Log", "Optim", "Sample", "Section", "T
 
 Positive = Annotated[int, Field(ge=1, strict=True)]
 Natural = Annotated[int, Field(ge=0, strict=True)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**64, strict=True)]
+Number = Annotated[float, Field(strict=True)]  # true and false are none
+Above0 = Annotated[Number, Field(gt=0)]
+Fraction = Annotated[Number, Field(ge=0, le=1)]
+Below1 = Annotated[Number, Field(ge=0, lt=1)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+def _expecting(words: str) -> WrapValidator:
+    """One message in the place of one for each type that a value may have."""
+
+    def checked(value: Any, check: Callable[[Any], Any]) -> Any:
+        try:
+            return check(value)
+        except ValidationError:
+            raise ValueError(f"expected {words}") from None
+
+    return WrapValidator(checked)
 
 
 class Section(BaseModel):
@@ -29,16 +46,16 @@ class Optim(Section):
     """
 
     name: Literal["adamw", "muon"] = "adamw"
-    lr: Annotated[float, Field(gt=0)] = 1e-4
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    lr: Above0 = 1e-4
+    betas: tuple[Below1, Below1] = (0.9, 0.999)
+    eps: Above0 = 1e-8
+    weight_decay: Annotated[Number, Field(ge=0)] = 0.0
     decay: Literal["matrices", "all"] = "matrices"
-    muon_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    muon_momentum: Below1 = 0.95
     warmup_steps: Natural = 0
     schedule: Literal["constant", "cosine"] = "constant"
     final_lr_fraction: Fraction = 0.0
-    clip: Annotated[float, Field(gt=0)] | None = 1.0
+    clip: Above0 | None = 1.0
 
 
 class Ema(Section):
@@ -50,9 +67,9 @@ class Ema(Section):
     run's folder every so many steps, so that other lengths can be had after training.
     """
 
-    decay: Annotated[float, Field(ge=0, lt=1)] | None = 0.9999
+    decay: Below1 | None = 0.9999
     warmup: bool = True
-    lengths: tuple[Annotated[float, Field(ge=0.01, le=0.28)], ...] = ()
+    lengths: tuple[Annotated[Number, Field(ge=0.01, le=0.28)], ...] = ()
     snapshot_every: Positive | None = None
 
     @property
@@ -70,9 +87,14 @@ class Guard(Section):
     on with the samples after them; after ``max_rollbacks`` of these it stops.
     """
 
-    spike: Annotated[float, Field(gt=0)] | None = 10.0
+    spike: Annotated[Above0, Field(le=1e6)] | None = 10.0
     rollback_after: Positive = 20
     max_rollbacks: Natural = 3
+
+
+Recomputed = Annotated[
+    Literal["none", "selective"] | Positive, _expecting("none, selective, or a whole number from 1 on")
+]
 
 
 class Train(Section):
@@ -86,23 +108,23 @@ class Train(Section):
     """
 
     steps: Positive
-    folder: str
+    folder: Text
     stop_at: Positive | None = None
-    seed: Natural = 0
+    seed: Seed = 0
     global_batch: Positive = 256
     micro_batch: Positive | None = None
-    threads: Positive | None = 1
+    threads: Annotated[Positive, Field(le=1024)] | None = 1
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     tf32: bool = False
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     devices: Positive = 1
     num_nodes: Positive = 1
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
-    activation_checkpointing: Literal["none", "selective"] | Positive = "none"
+    activation_checkpointing: Recomputed = "none"
     compile: bool = False
-    timeout: Annotated[float, Field(gt=0)] = 600.0
+    timeout: Annotated[Number, Field(ge=1, le=1e6)] = 600.0
     collect_garbage_every: Positive = 1000
-    initialize_from: str | None = None
+    initialize_from: Text | None = None
 
 
 class Log(Section):
@@ -115,9 +137,9 @@ class Log(Section):
 
     every: Positive = 100
     pictures_every: Positive | None = None
-    time_bins: Natural = 10
+    time_bins: Annotated[Natural, Field(le=1000)] = 10
     tensorboard: bool = True
-    wandb: str | None = None
+    wandb: Text | None = None
 
 
 class Checkpoint(Section):
@@ -132,14 +154,10 @@ class Checkpoint(Section):
     asynchronous: bool = True
 
 
-def _labels(value: Any, check: Callable[[Any], Any]) -> Any:
-    try:
-        return check(value)
-    except ValidationError:  # one message in the place of one for each type
-        raise ValueError("expected balanced, random, none, a class, or a list of classes") from None
-
-
-Labels = Annotated[Literal["balanced", "random", "none"] | Natural | list[Natural], WrapValidator(_labels)]
+Labels = Annotated[
+    Literal["balanced", "random", "none"] | Natural | Annotated[list[Natural], Field(min_length=1)],
+    _expecting("balanced, random, none, a class, or a list of classes"),
+]
 
 
 class Sample(Section):
@@ -150,7 +168,7 @@ class Sample(Section):
 
     count: Positive = 100
     labels: Labels = "balanced"
-    seed: Natural = 0
+    seed: Seed = 0
     batch: Positive = 250
-    output: str | None = None
-    average: str | None = None
+    output: Text | None = None
+    average: Text | None = None

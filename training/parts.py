@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -19,6 +19,8 @@ from pathline.interpolants import Interpolant
 from pathline.objectives import Objective
 from pathline.solvers import Solver, guidance
 from pathline.solvers.guidance import Guidance, LabelGuidance
+from pathline.training.network import units
+from pathline.training.optim import matrices_of_blocks
 from pathline.training.speed import forward_flops
 
 __all__ = ["Parts", "build"]
@@ -105,7 +107,9 @@ class _Problems:
 
     def report(self) -> None:
         if self.found:
-            lines = [f"{len(self.found)} configuration entries that do not fit:", *self.found]
+            one = len(self.found) == 1
+            head = f"{len(self.found)} configuration {'entry that does' if one else 'entries that do'} not fit:"
+            lines = [head, *self.found]
             raise ConfigurationError("\n  ".join(lines))
 
 
@@ -129,10 +133,26 @@ def _cross_check(parts: Parts, problems: _Problems) -> int:
     by_label = any(isinstance(guide, LabelGuidance) for guide in parts.guidance)
     if by_label and (not classes or getattr(backbone, "null_label", None) is None):
         problems.found.append("guidance: needs a backbone with classes and a null label; leave guidance out")
+    problems.found += _missing_blocks(parts)
+    labels = parts.configuration.sample.labels
+    if classes and not isinstance(labels, str) and max([labels] if isinstance(labels, int) else labels) >= classes:
+        problems.found.append(f"sample.labels: got {labels}, expected classes from 0 to {classes - 1}")
     if problems.found:
         return 0
     problems.collect("solver", lambda: _check_solver(parts))
     return problems.collect("objective", lambda: _check_objective(parts))
+
+
+def _missing_blocks(parts: Parts) -> Iterator[str]:
+    """Yield what is wrong with entries that ask for blocks of a backbone without any."""
+    c, backbone = parts.configuration, parts.backbone
+    given = {"activation_checkpointing": c.train.activation_checkpointing != "none", "compile": c.train.compile}
+    if not units(backbone):
+        for name in (name for name, wanted in given.items() if wanted):
+            value, kind = getattr(c.train, name), type(backbone).__name__
+            yield f"train.{name}: got {value} for a {kind} without blocks in a ModuleList; leave it out"
+    if c.optim.name == "muon" and not matrices_of_blocks(backbone):
+        yield f"optim.name: got muon for a {type(backbone).__name__} without a weight of nn.Linear in blocks; use adamw"
 
 
 def _check_objective(parts: Parts) -> int:
