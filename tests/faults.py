@@ -9,7 +9,6 @@ import io
 import json
 import os
 import re
-import resource
 import select
 import signal
 import sys
@@ -18,7 +17,7 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +29,7 @@ from pathline.training import checkpoints, log, manifest, sampling
 from pathline.training.log import read_rows
 
 TIMED = {"images_per_second", "data_wait_share", "checkpoint_share", "memory_gib"}
+MANIFEST = "manifest.json"
 LONGEST = 120.0  # seconds after which a process counts as hanging
 STEPS = 10
 Action = Callable[[str], None]
@@ -62,23 +62,22 @@ def entries(**sections: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def start(folder: Path, *words: str, **sections: Mapping[str, Any]) -> int:
-    """Call ``train.py`` in a folder, with what the configuration says else; return its exit code."""
+def start(folder: Path, *words: str, action: Action | None = None, **sections: Mapping[str, Any]) -> int:
+    """Call ``train.py`` in a folder and return its exit code; this process is spoilt for all else.
+
+    Args:
+        folder: where the configuration comes to lie, and the run's folder ``run``.
+        words: of the command line.
+        action: called before each change of the file system, see ``watch``.
+        sections: what the configuration says else.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "c.yaml").write_text(json.dumps(entries(**sections)))
     os.chdir(folder)
-    with curves_left_out():
-        return train.main(["c.yaml", *words])
-
-
-@contextlib.contextmanager
-def curves_left_out() -> Iterator[None]:
-    """Draw no curves: that takes longer than the run."""
-    kept, train.save_curves = train.save_curves, lambda folder: None
-    try:
-        yield
-    finally:
-        train.save_curves = kept
+    if action is not None:
+        watch(action)
+    train.save_curves = lambda folder: None  # they take longer than the run
+    return train.main(["c.yaml", *words])
 
 
 # --- processes --------------------------------------------------------------------------------------------------------
@@ -238,11 +237,28 @@ def outcome(folder: Path, without: Sequence[str] = ()) -> dict[str, str]:
     """
     run, newest = folder / "run", checkpoints.latest(folder / "run" / "checkpoints", _no_warning)
     assert newest is not None, f"{folder} holds no checkpoint"
-    left = {f"{newest.name}/{file.name}": file.read_bytes() for file in newest.iterdir()}
-    for pattern in ("averages/step-*/*", "pictures/*", "samples.png", "incidents.jsonl"):
-        left |= {str(file.relative_to(run)): file.read_bytes() for file in run.glob(pattern)}
+    left = {}
+    for pattern in (
+        f"checkpoints/{newest.name}/*",
+        "averages/step-*/*",
+        "pictures/*",
+        "samples.png",
+        "incidents.jsonl",
+    ):
+        left |= {str(file.relative_to(run)): _lasting(file) for file in run.glob(pattern) if file.name != MANIFEST}
     left["rows"] = json.dumps(rows(folder, without)).encode()
     return {name: hashlib.sha256(content).hexdigest() for name, content in sorted(left.items())}
+
+
+def _lasting(file: Path) -> bytes:
+    """Return what a file holds, but for entries of the configuration that say how long and how often."""
+    if file.name != "state.json":
+        return file.read_bytes()
+    state = json.loads(file.read_text())
+    for free in ("train.stop_at", "checkpoint", "log"):
+        section, _, entry = free.partition(".")
+        state["configuration"][section].pop(entry) if entry else state["configuration"].pop(section)
+    return json.dumps(state).encode()
 
 
 def rows(folder: Path, without: Sequence[str] = ()) -> list[dict[str, Any]]:
@@ -301,8 +317,8 @@ class Tally:
             assert self.tried[kind.replace("_", " ")] >= number, table.getvalue()
 
 
-def poison(bad: Mapping[int, float], factor: float | None = None) -> None:
-    """Give samples of the digits, by index, a first pixel that is not finite, in this process."""
+def poison(bad: Mapping[int, float]) -> None:
+    """Give samples of the digits, by index, another first pixel, in this process."""
     inner = Digits.batch
 
     def batch(self: Digits, indices: Any) -> dict[str, Any]:
@@ -313,9 +329,3 @@ def poison(bad: Mapping[int, float], factor: float | None = None) -> None:
         return found
 
     Digits.batch = batch
-
-
-def cpu_seconds() -> float:
-    """Return what this process and those it waited for have used."""
-    used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return sum(usage.ru_utime + usage.ru_stime for usage in used)

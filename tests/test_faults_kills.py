@@ -45,8 +45,7 @@ def go_back(folder: Path, action, **sections) -> int:
             shutil.copytree(folder / OLDER, folder / "run" / "checkpoints" / "step-000000006")
         action(name)
 
-    faults.watch(act)
-    return faults.start(folder, "--resume", OLDER, **sections)
+    return faults.start(folder, "--resume", OLDER, action=act, **sections)
 
 
 def instants(folder: Path, **sections) -> list[str]:
@@ -71,8 +70,7 @@ def killed_at(instant: str, source: Path | None, folder: Path, **sections):
     def work() -> int:
         if source is not None:
             return go_back(folder, kill, **sections)
-        faults.watch(kill)
-        return faults.start(folder, **sections)
+        return faults.start(folder, action=kill, **sections)
 
     return faults.forked(work)
 

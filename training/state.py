@@ -37,6 +37,8 @@ FREE = (
     "log. checkpoint. solver. guidance sample."
 ).split()
 COUNTERS = ("step", "passed", "skipped", "streak", "rollbacks")
+MAPPINGS = ("scaler", "guard", "averages", "window", "configuration", "data")
+SCALARS: dict[str, type] = {**dict.fromkeys(COUNTERS, int), **dict.fromkeys(MAPPINGS, dict)}
 
 
 class State:
@@ -130,6 +132,9 @@ class State:
             CheckpointError: it is damaged, of another configuration or data set, or of another network.
         """
         saved = self.agreement.first(lambda: checkpoints.read_state(path))  # one process verifies all hashes
+        wrong = [name for name, kind in SCALARS.items() if not isinstance(saved.get(name), kind)]
+        if wrong:
+            raise CheckpointError(f"got {path} without a usable {', '.join(wrong)}; use another checkpoint")
         check_same_run(saved, self.parts, path)
         ours = self.tensors()
         theirs = {name: _read(path, name, tensors, self.agreement) for name, tensors in ours.items()}
