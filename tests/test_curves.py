@@ -83,16 +83,16 @@ def test_another_number_of_bins_after_a_resume(tmp_path, monkeypatch):
 
 
 def test_many_rows_are_drawn_by_a_running_mean_on_the_raw_line(tmp_path, monkeypatch):
-    rows = [row(step, gradient_norm=float(step % 7)) for step in range(1, 201)]
+    rows = [row(step, gradient_norm=float(step**2 % 13)) for step in range(1, 201)]
     write(tmp_path, rows)
     raw, mean = drawn(tmp_path, monkeypatch)["gradient norm"].values()
-    assert same(raw, range(1, 201), [step % 7 for step in range(1, 201)])
-    assert mean[1][100] == pytest.approx(np.mean([step % 7 for step in range(96, 107)]))  # five on either side
+    assert same(raw, range(1, 201), [step**2 % 13 for step in range(1, 201)])
+    assert mean[1][100] == pytest.approx(np.mean([step**2 % 13 for step in range(96, 107)]))  # five on either side
 
 
 def test_running_mean_by_hand():
-    values = np.array([4.0, 1.0, math.nan, 7.0, 3.0, math.inf])
-    expected = [4, (4 + 1) / 2, (4 + 1 + 7 + 3) / 4, (1 + 7 + 3) / 3, (7 + 3) / 2, (7 + 3) / 2]
+    values = np.array([4.0, 1.0, 6.0, math.nan, 7.0, 3.0, math.inf])
+    expected = [4, (4 + 1 + 6) / 3, (4 + 1 + 6 + 7) / 4, (1 + 6 + 7 + 3) / 4, (6 + 7 + 3) / 3, (7 + 3) / 2, (7 + 3) / 2]
     assert module._running_mean(values, 2) == pytest.approx(expected)
     spiked = np.array([5.0, 1e30, *[3.0] * 20])
     assert module._running_mean(spiked, 2)[5:] == pytest.approx(3.0)
