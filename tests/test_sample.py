@@ -24,7 +24,7 @@ backbone: {name: sit, input_size: 8, patch_size: 4, in_channels: 1, hidden_size:
            num_classes: 10}
 objective: velocity
 optim: {lr: 1e-2}
-ema: {decay: 0.5}
+ema: {decay: 0.5, lengths: [0.2]}
 solver: {name: euler, steps: 3}
 train: {steps: 6, global_batch: 5, folder: runs/x, accelerator: cpu}
 checkpoint: {every: 3}
@@ -45,12 +45,12 @@ def drawn(run, out, *words):
         return arrays["arr_0"], arrays["arr_1"]
 
 
-def by_hand(run, labels, seed, guidance_scale=None):
+def by_hand(run, labels, seed, guidance_scale=None, average="ema"):
     """Heun's method with 2 steps, written out, on the saved averages."""
     network = backbones.build(
         "sit", input_size=8, patch_size=4, in_channels=1, hidden_size=12, depth=2, num_heads=3, num_classes=10
     )
-    network.load_state_dict(load_file(run / "checkpoints" / "step-000000006" / "ema.safetensors"))
+    network.load_state_dict(load_file(run / "checkpoints" / "step-000000006" / f"{average}.safetensors"))
 
     @torch.no_grad()
     def velocity(x, t):
@@ -82,6 +82,25 @@ def test_samples_are_those_written_out_by_hand(words, scale, run, tmp_path):
     difference = np.abs(images.astype(float) - levels)
     assert difference.max() <= 1 and (difference > 0).mean() < 0.01  # a level where rounding falls on a half
     assert images.std() > 10
+
+
+def test_an_average_is_chosen_by_name(run, tmp_path, capsys):
+    """Its own weights draw, its name and hash are written down, and the first is the default."""
+    labels, drawn_by = torch.arange(23) % 10, {}
+    for average, words in (("ema", ()), ("ema", ("sample.average=ema",)), ("ema-0.200", ("sample.average=ema-0.200",))):
+        images, _ = drawn(run, tmp_path / "out.npz", *HEUN, *words)
+        levels = np.rint(127.5 * by_hand(run, labels, 3, average=average).clamp(-1, 1).double().numpy() + 127.5)
+        assert np.abs(images.astype(float) - levels.transpose(0, 2, 3, 1)).max() <= 1
+        weights = (run / "checkpoints" / "step-000000006" / f"{average}.safetensors").read_bytes()
+        assert json.loads((tmp_path / "out.json").read_text())["checkpoint"] == {
+            "name": "step-000000006",
+            "average": average,
+            "weights_sha256": hashlib.sha256(weights).hexdigest(),
+        }
+        drawn_by[average] = images.astype(int)
+    assert np.abs(drawn_by["ema"] - drawn_by["ema-0.200"]).max() > 3  # or the name would make no difference
+    assert main([str(run), "sample.average=ema-0.2"]) == 2
+    assert "sample.average: got 'ema-0.2'; did you mean 'ema-0.200'?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("solver", ["heun", "euler-maruyama"])
@@ -130,7 +149,7 @@ def test_the_record_says_how_it_was_drawn(run, tmp_path, capsys):
     record = json.loads(out.with_suffix(".json").read_text())
     weights = (run / "checkpoints" / "step-000000006" / "ema.safetensors").read_bytes()
     assert record["checkpoint"]["weights_sha256"] == hashlib.sha256(weights).hexdigest()
-    assert record["checkpoint"]["name"] == "step-000000006"
+    assert record["checkpoint"]["name"] == "step-000000006" and record["checkpoint"]["average"] == "ema"
     assert record["solver"]["name"] == "heun" and record["solver"]["steps"] == 2 and record["nfe"] == 4
     assert record["guidance"][0]["scale"] == 1.5 and record["seed"] == 3 and record["count"] == 23
     assert record["label_law"] == "balanced" and record["version"] == pathline.__version__
@@ -153,7 +172,9 @@ def test_an_older_checkpoint_and_the_default_output(run):
     path = run / "checkpoints" / "step-000000003"
     assert main([str(path), "sample.count=7"]) == 0
     assert main([str(path), "sample.count=7", "sample.seed=4", "guidance.0.scale=1.5", "solver.steps=2"]) == 0
-    for name in ("samples-euler-3-seed-0", "samples-euler-2-classifier-free-1.5-seed-4"):
+    assert main([str(path), "sample.count=7", "sample.average=ema-0.200"]) == 0
+    names = ("samples-euler-3-seed-0", "samples-euler-2-classifier-free-1.5-seed-4", "samples-euler-3-ema-0.200-seed-0")
+    for name in names:
         record = json.loads((run / f"{name}.json").read_text())
         assert record["checkpoint"]["name"] == "step-000000003" and (run / f"{name}.npz").exists()
 
@@ -244,7 +265,7 @@ def test_autoguidance_by_a_weaker_run(run, small, tmp_path):
         assert record["nfe"] == 8 and record["guidance"][0]["weak"] == str(checkpoint)
         weights = (checkpoint / "ema.safetensors").read_bytes()
         assert record["weak_checkpoints"] == [
-            {"name": "step-000000003", "weights_sha256": hashlib.sha256(weights).hexdigest()}
+            {"name": "step-000000003", "average": "ema", "weights_sha256": hashlib.sha256(weights).hexdigest()}
         ]
 
 

@@ -191,10 +191,11 @@ def save_picture(drawn: Drawn, folder: Path, step: int) -> None:
 
 
 def default_name(configuration: Configuration) -> str:
-    """Return a file name that tells solver, steps, guidance and seed, so that one drawing does not replace another."""
+    """Return a file name of solver, steps, guidance, average and seed, so that one drawing does not replace another."""
     solver = configuration.solver
     words = ["samples", solver["name"], solver.get("steps")]
     words += [f"{item['name']}-{_scale(item['scale'])}" for item in configuration.guidance if item.get("scale", 1) != 1]
+    words.append(configuration.sample.average)
     return "-".join(str(word) for word in (*words, f"seed-{configuration.sample.seed}") if word is not None) + ".npz"
 
 
