@@ -121,6 +121,7 @@ def _run(work: Callable[[], Any], file: Path) -> int:
         file.write_text(json.dumps(work()))
         return 0
     except SystemExit as end:
+        file.write_text("null")
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
         traceback.print_exc()

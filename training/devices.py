@@ -22,7 +22,7 @@ from pathline.core.errors import ConfigurationError, PathlineError, ProcessError
 from pathline.core.sections import Train
 from pathline.training.network import shard
 
-__all__ = ["Agreement", "check_machine", "garbage_on_schedule", "launch", "make_fabric"]
+__all__ = ["Agreement", "check_machine", "garbage_on_schedule", "launch", "losses_named", "make_fabric"]
 
 T = TypeVar("T")
 PRECISIONS: dict[str, Literal["32-true", "bf16-mixed", "16-mixed"]] = {
@@ -178,7 +178,22 @@ class Agreement:
         try:
             call()
         except RuntimeError as error:  # what gloo raises of a process that is gone, or silent for too long
-            raise ProcessError(
-                f"lost contact with another process ({str(error).splitlines()[0]}); look at its last words, then go on "
-                "with --resume auto"
-            ) from error
+            raise _lost(error) from error
+
+
+@contextmanager
+def losses_named() -> Iterator[None]:
+    """Turn what torch raises, as in the backward pass, of a process that is gone or silent into ProcessError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, ProcessError) or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        raise _lost(error) from error
+
+
+def _lost(error: RuntimeError) -> ProcessError:
+    return ProcessError(
+        f"lost contact with another process ({str(error).splitlines()[0]}); look at its last words, then go on with "
+        "--resume auto"
+    )

@@ -19,7 +19,7 @@ from pathline.core.config import Configuration
 from pathline.core.errors import DivergedError, PathlineError, ProcessError
 from pathline.training import incidents, sampling
 from pathline.training.checkpoints import Keep, Snapshot, path_of
-from pathline.training.devices import Agreement, garbage_on_schedule, launch, make_fabric
+from pathline.training.devices import Agreement, garbage_on_schedule, launch, losses_named, make_fabric
 from pathline.training.folder import RunFolder
 from pathline.training.log import Log
 from pathline.training.optim import learning_rate
@@ -134,7 +134,7 @@ class Trainer:
             DivergedError: roll-backs did not help.
             ProcessError: another process is gone.
         """
-        with self.claimed(), garbage_on_schedule(), Signals() as signals, self._writing():
+        with self.claimed(), garbage_on_schedule(), Signals() as signals, losses_named(), self._writing():
             self._loop(signals)
 
     @contextmanager
@@ -206,7 +206,8 @@ class Trainer:
         """Return memory and, where the device's peak is known, the model FLOPs utilisation at this time of a step."""
         train, device = self.configuration.train, self.fabric.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        peak = peak_flops(name, train.precision, train.tf32)
+        counted = self.parts.objective.differentiates_all
+        peak = peak_flops(name, train.precision, train.tf32) if counted else None
         flops = 3 * self.parts.forward_flops * train.global_batch
         return row_entries(device, flops, seconds, self.fabric.world_size, peak)
 
