@@ -61,6 +61,8 @@ class MeanFlowObjective(Objective):
         InputError: options out of range or without effect, or a path with latent noise.
     """
 
+    differentiates_all = False
+
     def __init__(
         self,
         interpolant: Interpolant,

@@ -13,7 +13,9 @@ from torch.nn import functional
 
 from pathline import Draws, backbones, interpolants, objectives
 from pathline.backbones.layers import math_attention
-from pathline.training import speed
+from pathline.core.config import resolve
+from pathline.training import Trainer, loop, speed
+from pathline.training.log import read_rows
 from pathline.training.speed import forward_flops, memory_bytes, peak_flops, row_entries, utilisation
 
 
@@ -163,3 +165,27 @@ def test_memory_of_a_cuda_device_is_what_its_allocator_counts(monkeypatch):
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: {1: 7 * 2**30}[device.index])
     assert memory_bytes(torch.device("cuda", 1)) == 7 * 2**30
     assert row_entries(torch.device("cuda", 1), 1.0, 1.0, 1, None) == {"memory_gib": 7.0}
+
+
+def test_the_share_of_the_peak_is_in_the_row_where_it_is_known(tmp_path, monkeypatch):
+    """On a device of a known peak, of 3 × the forward operations of every image; never for mean-flow."""
+    shape = {"input_size": 8, "patch_size": 4, "in_channels": 1, "hidden_size": 12, "depth": 1, "num_heads": 3}
+    entries = {
+        "data": "digits",
+        "backbone": {"name": "sit", **shape, "num_classes": 10},
+        "objective": "velocity",
+        "solver": {"name": "euler", "steps": 2},
+        "train": {"steps": 2, "global_batch": 5, "folder": str(tmp_path / "a"), "accelerator": "cpu"},
+    }
+    monkeypatch.setattr(loop, "peak_flops", lambda *_: 1e9)
+    trainer = Trainer(resolve(entries))
+    trainer.run()
+    (row,) = read_rows(tmp_path / "a")
+    batch = trainer.parts.dataset.batch([0])
+    network, x, t = trainer.state.network, batch["data"], torch.tensor([0.5])
+    forward = forward_flops(lambda: network(x, t, label=batch["label"]))
+    assert row["model_flops_utilisation"] == pytest.approx(3 * forward * row["images_per_second"] / 1e9, rel=1e-9)
+    entries["backbone"]["takes_gap"], entries["objective"] = True, "mean-flow"
+    entries["train"]["folder"] = str(tmp_path / "b")
+    Trainer(resolve(entries)).run()
+    assert "model_flops_utilisation" not in read_rows(tmp_path / "b")[0]
