@@ -33,6 +33,7 @@ class Guard:
         self._follows = settings.spike is not None
         self._factors = torch.tensor([1.0, settings.spike or 0.0], device=device)
         self._bounds = torch.tensor([LARGEST, LARGEST, 0.0], device=device)
+        self._bound = self._bounds[0]  # of the loss; a view
         self._means = torch.zeros(2, device=device)  # of the loss and of its size
         self._taken = torch.zeros((), device=device)
         self._never = torch.tensor(LARGEST, device=device)
@@ -57,18 +58,18 @@ class Guard:
         self._means = torch.where(kept, moved, self._means)
         self._taken += kept
         bound = (self._means @ self._factors).clamp(max=LARGEST)
-        self._bounds[0] = torch.where(self._taken < HORIZON, self._never, bound)
+        torch.where(self._taken < HORIZON, self._never, bound, out=self._bound)
 
     def state(self) -> dict[str, Any]:
         """Return what a resume needs; reads the device."""
-        return {"means": self._means.tolist(), "taken": self._taken.item(), "bound": self._bounds[0].item()}
+        return {"means": self._means.tolist(), "taken": self._taken.item(), "bound": self._bound.item()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved state."""
         if state:
             self._means.copy_(torch.tensor(state["means"]))
             self._taken.fill_(state["taken"])
-            self._bounds[0] = state["bound"] if self._follows else LARGEST
+            self._bound.fill_(state["bound"] if self._follows else LARGEST)
 
 
 def reason(numbers: Sequence[float], kept: float, scale: float | None) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from pathline.core.draws import Draws, send
 from pathline.training.guard import clipped_norm
@@ -26,11 +27,12 @@ def take_step(state: State) -> None:
     share = train.global_batch // fabric.world_size
     first = state.position + fabric.global_rank * share
     micro = train.micro_batch or share
-    sums = torch.zeros(2, device=fabric.device)  # loss, and samples that cannot be used
+    parts = []  # of the loss, and of the samples that cannot be used
     for start in range(first, first + share, micro):
         positions = range(start, min(start + micro, first + share))
         with fabric.no_backward_sync(state.module, enabled=positions.stop < first + share):
-            sums += _accumulate(state, positions, len(positions) / share)
+            parts.append(_accumulate(state, positions, len(positions) / share))
+    sums = reduce(torch.add, parts)
     if fabric.world_size > 1:
         dist.all_reduce(sums)  # Fabric's own would first wait for the other processes, and so for the devices
         sums /= fabric.world_size
@@ -47,10 +49,17 @@ def _accumulate(state: State, positions: range, share: float) -> Tensor:
     finite = data.nan_to_num(0.0, 0.0, 0.0)
     usable = (finite == data).flatten(1).all(1).float()
     draws = Draws(seed).at(positions, step=state.step + state.passed)
-    loss = parts.objective(state.module, finite, draws, **parts.conditions(label))
-    fabric.backward(loss.total * share)
+    loss = parts.objective(_called(state), finite, draws, **parts.conditions(label))
+    total = loss.total if share == 1 else loss.total * share
+    fabric.backward(total)
     state.window.add_batch(loss, usable)
-    return torch.stack((loss.total.detach() * share, (1 - usable).sum()))
+    return torch.stack((total.detach(), (1 - usable).sum()))
+
+
+def _called(state: State) -> nn.Module:
+    """Return the network as one calls it: without Fabric's wrapper where that has nothing to do but takes its time."""
+    plain = state.fabric.world_size == 1 and state.parts.configuration.train.precision == "fp32"
+    return state.network if plain else state.module
 
 
 def _commit(state: State, first: int, sums: Tensor) -> None:
