@@ -26,6 +26,7 @@ from pathline.training.checkpoints import (
     finish,
     hash_of,
     latest,
+    path_of,
     read,
     read_group,
     set_aside_after,
@@ -278,20 +279,23 @@ def test_a_process_killed_at_any_instant_leaves_a_whole_checkpoint_and_traces_th
 
 def test_killed_at_random_no_checkpoint_is_lost(tmp_path):
     """A process that writes one checkpoint after another is killed ten times, wherever it is."""
-    waits = torch.rand(10).tolist()
-    for number, wait in enumerate(waits):
+    for number, wait in enumerate(torch.rand(10).tolist()):
+        first = 1000 * number + 1
         child = os.fork()
         if child == 0:
             try:
-                for step in count(1000 * number + 1):
+                for step in count(first):
                     write(tmp_path, step, Snapshot({"model": {"weight": torch.full((200, 300), float(step))}}, {}), ALL)
             finally:
                 os._exit(1)
-        time.sleep(0.02 + 0.1 * wait)
+        deadline = time.monotonic() + 20
+        while not path_of(tmp_path, first).exists() and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(0.05 * wait)
         os.kill(child, signal.SIGKILL)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     found = steps(tmp_path)
-    assert len(found) > 10
+    assert {1000 * number + 1 for number in range(10)} <= set(found)
     for step in found:
         assert bool((read(tmp_path / f"step-{step:09d}").tensors["model"]["weight"] == step).all())
 
