@@ -14,7 +14,7 @@ from pathlib import Path
 from pathline.core.errors import CheckpointError
 from pathline.training.manifest import make_folder
 
-__all__ = ["RunFolder", "make_folder"]
+__all__ = ["RunFolder"]
 
 LEFTOVERS = ("*/.writing-*", "*/.deleting-*")  # in the folders of checkpoints and of averages
 UNKNOWN = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
