@@ -21,7 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from pathline.core.errors import CheckpointError, ProcessError
-from pathline.training import checkpoints, sharded
+from pathline.training import checkpoints
 from pathline.training.checkpoints import Keep, Snapshot
 from pathline.training.sharded import ShardedWriter, is_sharded, read_full, read_into, shapes, write_group
 
@@ -138,9 +138,10 @@ def test_torch_reads_the_shards_and_finds_what_each_process_has(written, process
     with pytest.warns(UserWarning, match="single process"):
         dcp.load(found, storage_reader=HuggingFaceStorageReader(str(folder)))
     assert hashes(found) == hashes(whole())
-    second = load_file(folder / "shard-00002-of-00003.safetensors")
-    assert torch.equal(second["blocks.0.weight"], whole()["blocks.0.weight"][2:4])  # 5 rows are 2 + 2 + 1
-    assert second["blocks.1.weight"].shape == (0, 5)
+    files = [load_file(folder / f"shard-0000{number}-of-00003.safetensors") for number in (1, 2, 3)]
+    assert torch.equal(files[1]["blocks.0.weight"], whole()["blocks.0.weight"][2:4])  # 5 rows are 2 + 2 + 1
+    assert [len(file["gain"]) for file in files] == [4, 4, 3]
+    assert len(files[0]["blocks.1.weight"]) == 1  # 1 row is 1 + 0 + 0
 
 
 @pytest.mark.parametrize("readers", [0, 2])
@@ -173,9 +174,10 @@ def test_copies_on_several_processes_are_written_once(tmp_path, processes):
 
     processes(4, grouped(write)).checked()
     assert hashes(read_full(tmp_path / "model")) == hashes(whole())
-    for number, full in ((1, True), (2, True), (3, False), (4, False)):
-        with safe_open(tmp_path / "model" / f"shard-0000{number}-of-00004.safetensors", framework="pt") as file:
-            assert bool(file.keys()) == full
+    files = [load_file(tmp_path / "model" / f"shard-0000{number}-of-00004.safetensors") for number in (1, 2, 3, 4)]
+    values = sum(tensor.numel() for file in files for tensor in file.values())
+    assert values == sum(tensor.numel() for tensor in whole().values())
+    assert all(files)  # each writes something
 
 
 def test_without_a_group_one_process_writes_all_and_shares_no_storage(tmp_path):
@@ -208,7 +210,7 @@ def test_other_names_shapes_and_types_are_refused_before_any_value_is_read(
 ):
     folder, templates = written(2, processes), whole(5)
     change(templates)
-    monkeypatch.setattr(sharded, "_fill", lambda *_: pytest.fail("values were read"))
+    monkeypatch.setattr(HuggingFaceStorageReader, "read_data", lambda *_: pytest.fail("values were read"))
     with pytest.raises(CheckpointError, match=said):
         read_into(folder, templates, None)
 
@@ -224,6 +226,41 @@ def test_what_one_process_finds_wrong_all_refuse(written, processes):
             read_into(folder, templates, None)
 
     processes(2, grouped(read)).checked()
+
+
+def broken(*_):
+    raise OSError(5, "Input/output error")
+
+
+def test_where_one_process_cannot_read_all_are_told(written, processes):
+    folder = written(3, processes)
+
+    def read():
+        with pytest.MonkeyPatch.context() as patch:
+            if dist.get_rank() == 1:
+                patch.setattr(HuggingFaceStorageReader, "read_data", broken)
+            with pytest.raises(CheckpointError, match=r"^\[Errno 5\] Input/output error \(process 1\)$"):
+                read_into(folder, distributed(seed=5), None)
+        return hashes(read_into(folder, distributed(seed=5), None))
+
+    assert processes(2, grouped(read)).checked() == [hashes(whole())] * 2
+
+
+@pytest.mark.filterwarnings("error")
+def test_one_process_alone_is_told_its_own_error_and_warned_of_nothing(tmp_path, monkeypatch):
+    tensors = {"number": torch.tensor(7)}
+    write_group(tmp_path / "model", tensors, None)
+    assert (
+        hashes(read_full(tmp_path / "model")) == hashes(read_into(tmp_path / "model", tensors, None)) == hashes(tensors)
+    )
+    monkeypatch.setattr(HuggingFaceStorageReader, "read_data", broken)
+    with pytest.raises(OSError, match="Input/output error"):
+        read_full(tmp_path / "model")
+    with pytest.raises(OSError, match="Input/output error"):
+        read_into(tmp_path / "model", tensors, None)
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="Not a directory"):
+        write_group(tmp_path / "file" / "model", tensors, None)
 
 
 def rewrite(path, change):
@@ -244,8 +281,9 @@ def rewrite(path, change):
         (lambda folder, path: rewrite(path, lambda layout: layout.pop("gain")), "no file of tensors .*gain"),
         (lambda folder, path: rewrite(path, lambda layout: layout["gain"].update(saved_offsets=[-1])), "gain lies at"),
         (lambda folder, path: rewrite(path, lambda layout: layout["gain"].update(saved_offsets=[0, 0])), "gain lies"),
-        (lambda folder, path: rewrite(path, lambda layout: layout["gain"].update(saved_offsets=["0"])), "gain lies at"),
+        (lambda folder, path: rewrite(path, lambda layout: layout["gain"].update(saved_offsets=["0"])), "no file of"),
         (lambda folder, path: rewrite(path, lambda layout: layout["gain"].update(saved_offsets=[2**50])), "make up"),
+        (lambda folder, path: rewrite(path, lambda layout: layout["gain"].update(saved_offsets=[2**70])), "make up"),
         (lambda folder, path: save_file({"gain": torch.zeros(1)}, folder / "more.safetensors"), "not make up gain"),
         (lambda folder, path: save_file({"gain": torch.zeros(1).half()}, folder / "x.safetensors"), "different types"),
         (lambda folder, path: save_file({"gain": torch.zeros(1, 1)}, folder / "x.safetensors"), "different types"),
@@ -285,6 +323,9 @@ def check(path, seed=3):
     assert hashes(back.tensors["model"]) == hashes(whole(seed))
     assert torch.equal(back.tensors["optim"]["gain.exp_avg"], whole(seed)["gain"] * 2)
     assert back.state["position"] == 7 * seed
+    for file in (file for file in path.rglob("*") if file.is_file()):
+        content = file.read_bytes()  # tensors after the length of their header, or JSON: nothing is pickled
+        assert content[8 if file.suffix == ".safetensors" else 0 :].startswith(b"{") and b"pickle" not in content
 
 
 def names(folder):
