@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import resource
 import sys
 import time
@@ -25,15 +24,16 @@ from pathline.training.log import check_sinks, mean_over_last_steps, read_rows
 from pathline.training.parts import build
 from pathline.training.speed import memory_bytes
 
-WRONG, DIVERGED, LOST, UNSAVED, INTERRUPTED = 2, 65, 70, 74, 75
+WRONG, DIVERGED, LOST, UNSAVED, INTERRUPTED, AT_ONCE = 2, 65, 70, 74, 75, 130
 EXIT_CODES = f"""exit codes:
   0    done
-  {WRONG}    a wrong input, or a machine that cannot do it; nothing was trained
+  {WRONG}    a wrong input, or a machine that cannot do it
   {DIVERGED}   numbers that are not finite, or jumps of the loss, that no roll-back could get past
   {LOST}   another process of the run is gone, or was silent for longer than train.timeout
   {UNSAVED}   stopped or done, but the last checkpoint could not be written; older ones are whole
   {INTERRUPTED}   stopped by SIGINT, SIGTERM or SIGUSR1, and saved: go on with --resume auto
-  128+n   left at once on a second signal n"""
+  128+n   left at once, on a second signal n or on a first one before the first step"""
+SMALLER = "lower train.micro_batch, set train.activation_checkpointing, or cut the network up by train.strategy=fsdp"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,23 +47,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("configuration", help="YAML file, as configs/deepflow-digits.yaml")
     parser.add_argument("entries", nargs="*", metavar="entry=value", help="as optim.lr=2e-4 or solver.name=heun")
     parser.add_argument(
-        "--resume", metavar="auto|PATH", help="go on from the run's newest valid checkpoint, or from one"
+        "--resume",
+        metavar="auto|PATH",
+        help="auto: go on from the newest valid checkpoint in train.folder, or start if there is none; "
+        "or go on from a checkpoint, or the newest one of a run",
     )
-    parser.add_argument("--dry-run", action="store_true", help="check everything and take a few steps; keep nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything, take three steps, print the plan; write nothing"
+    )
     given = parser.parse_intermixed_args(arguments)
     try:
         return train(load(given.configuration, given.entries), given.resume, dry_run=given.dry_run)
-    except KeyboardInterrupt:  # before the first step: there is nothing to save
-        return 130
+    except KeyboardInterrupt:
+        return _say("interrupted outside training: there was nothing to save", AT_ONCE)
     except DivergedError as error:
         return _say(f"error: {error}", DIVERGED)
     except ProcessError as error:
         return _say(f"error: {error}", LOST, everywhere=True)
-    except torch.OutOfMemoryError as error:
-        advice = "lower train.micro_batch, or set train.activation_checkpointing"
-        return _say(f"error: out of memory; {advice}\n{str(error).splitlines()[0]}", WRONG)
     except (PathlineError, OSError) as error:
-        return _say(f"error: {error}", WRONG)
+        return _say(f"error: {error}{_where(error)}", WRONG, everywhere=bool(_where(error)))
+    except (RuntimeError, MemoryError) as error:  # torch has no type of its own for the host's memory
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(error):
+            raise
+        said = str(error).splitlines()[0] if str(error) else "of the host"
+        return _say(f"error: out of memory{_where(error)}; {SMALLER} ({said})", WRONG, everywhere=True)
 
 
 def train(configuration: Configuration, resume: str | None, *, dry_run: bool) -> int:
@@ -71,36 +78,45 @@ def train(configuration: Configuration, resume: str | None, *, dry_run: bool) ->
     folder = Path(configuration.train.folder)
     check_machine(configuration.train)
     check_sinks(configuration.log)
-    _check_free(folder, resume)
+    if _is_first():
+        _check_beginning(configuration, resume)
     trainer = Trainer(configuration, parts=build(configuration))
     if dry_run:
-        _rehearse(trainer)
+        _rehearse(trainer, resume)
         return 0
     with trainer.claimed():
         _start(trainer, resume)
         wall, cpu, start = time.perf_counter(), time.process_time(), trainer.state.step
-        code = _run(trainer)
+        try:
+            code = _run(trainer)
+        finally:
+            seconds = time.perf_counter() - wall, time.process_time() - cpu
+            if trainer.fabric.is_global_zero:
+                save_curves(folder)
         if trainer.fabric.is_global_zero:
             images = (trainer.state.step - start) * configuration.train.global_batch
-            seconds = time.perf_counter() - wall, time.process_time() - cpu
             print(_summary(folder, trainer.parts.objective.predicts, images, *seconds))
     return code
 
 
 def _run(trainer: Trainer) -> int:
     """Train; return the exit code."""
-    folder = trainer.folder
+    fabric, start = trainer.fabric, trainer.state.step
     try:
         trainer.run()
     except Interrupted as stop:
-        _say(f"\n{stop}\ngo on with --resume auto", INTERRUPTED)
+        code = INTERRUPTED if stop.saved else UNSAVED
+        _say(f"\n{stop}\ngo on with --resume auto", code)
         # Fabric kills all processes once one that it started itself leaves with another code than 0
-        return 0 if _was_started_by_fabric(trainer.fabric) else INTERRUPTED if stop.saved else UNSAVED
-    finally:
-        if trainer.fabric.is_global_zero:
-            save_curves(folder)
-    last = checkpoints.path_of(folder / "checkpoints", trainer.state.step)
-    return 0 if last.exists() else _say(f"error: {last} could not be written, for the reason above", UNSAVED)
+        return 0 if _was_started_by_fabric(fabric) else code
+    except Exception as error:
+        if fabric.world_size > 1:
+            error.add_note(f"in process {fabric.global_rank} of {fabric.world_size}")
+        raise
+    last = checkpoints.path_of(trainer.folder / "checkpoints", trainer.state.step)
+    if trainer.state.step == start or trainer.agreement.first(last.exists):
+        return 0
+    return _say(f"error: {last} could not be written, for the reason above", UNSAVED)
 
 
 def _start(trainer: Trainer, resume: str | None) -> None:
@@ -114,51 +130,86 @@ def _start(trainer: Trainer, resume: str | None) -> None:
     if trainer.fabric.is_global_zero:
         (folder / "config.yaml").write_text(configuration.to_yaml())
         print(f"pathline {pathline.__version__} from {Path(pathline.__file__).parent}\n{configuration.to_yaml()}")
-        print(_plan(trainer), flush=True)
+        print(_plan(trainer, checkpoint), flush=True)
 
 
-def _check_free(folder: Path, resume: str | None) -> None:
-    """Raise CheckpointError where a new run would overwrite an old one."""
-    if resume is None and ((folder / "metrics.jsonl").exists() or any((folder / "checkpoints").glob("step-*"))):
+def _check_beginning(configuration: Configuration, resume: str | None) -> None:
+    """Check, before other processes are started, the folder and what is to be gone on from, or begun with.
+
+    Raises:
+        CheckpointError: a new run would overwrite an old one, or nothing can be written, or there is nothing to read.
+        ConfigurationError: two sources of weights.
+    """
+    folder, weights = Path(configuration.train.folder), configuration.train.initialize_from
+    if resume is None and _holds_run(folder):
         raise CheckpointError(f"got {folder}, which holds a run; add --resume auto, or name another train.folder")
+    if resume not in (None, "auto"):
+        if weights is not None:
+            raise ConfigurationError(
+                f"train.initialize_from: got {weights} beside --resume {resume}, which has weights of its own; leave "
+                "one out, as by train.initialize_from=null"
+            )
+        _checkpoint(folder, resume)
+    elif weights is not None and not _holds_run(folder) and not Path(weights).is_file():
+        checkpoints.find(Path(weights), lambda line: None)  # warned of when it is read
+    RunFolder(folder).check_room(0)
+
+
+def _holds_run(folder: Path) -> bool:
+    return (folder / "metrics.jsonl").exists() or any((folder / "checkpoints").glob("step-*"))
 
 
 def _checkpoint(folder: Path, resume: str | None) -> Path | None:
     """Return the checkpoint to go on from."""
     if resume is None:
         return None
+
+    def warn(line: str) -> None:
+        print(f"warning: {line}", file=sys.stderr)
+
     if resume != "auto":
-        path = checkpoints.find(Path(resume))
-        if path.resolve().parent.parent != folder.resolve() and (folder / "metrics.jsonl").exists():
+        path = checkpoints.find(Path(resume), warn)
+        if path.resolve().parent.parent != folder.resolve() and _holds_run(folder):
             raise CheckpointError(f"got {path}, and {folder}, which holds another run; name another train.folder")
         return path
-    found = checkpoints.latest(folder / "checkpoints", lambda line: print(f"warning: {line}", file=sys.stderr))
+    found = checkpoints.latest(folder / "checkpoints", warn)
     if found is None and any((folder / "checkpoints").glob("step-*")):
         raise CheckpointError(f"got {folder} with damaged checkpoints alone; start anew in another train.folder")
     return found
 
 
-def _rehearse(trainer: Trainer) -> None:
-    """Check disk and memory, take a few steps in every process, and print the plan; nothing is written."""
+def _rehearse(trainer: Trainer, resume: str | None) -> None:
+    """Check disk and memory, take a few steps in every process, and print the plan; nothing is written.
+
+    What a resume would go on from is read and checked, also where another process is training in the folder.
+    """
     state, train = trainer.state, trainer.configuration.train
     trainer.agreement.first(lambda: RunFolder(trainer.folder).check_room(state.bytes))
+    checkpoint = trainer.agreement.first(lambda: _checkpoint(trainer.folder, resume))
+    if checkpoint is not None:
+        state.restore(checkpoint)
+    elif train.initialize_from is not None:
+        trainer.initialize_from(Path(train.initialize_from))
     if trainer.configuration.checkpoint.asynchronous:
         _check_host_memory(state.bytes)
+    plan, left = _plan(trainer, checkpoint), min(train.steps, train.stop_at or train.steps) - state.step
     seconds = trainer.rehearse()
     trainer.agreement.wait()
     if not trainer.fabric.is_global_zero:
         return
-    hours = seconds * train.steps / 3600
     memory = memory_bytes(trainer.fabric.device) / 2**30
-    print(trainer.configuration.to_yaml() + _plan(trainer))
+    print(trainer.configuration.to_yaml() + plan)
     print(
-        f"a step takes {1000 * seconds:.1f} ms and at most {memory:.2f} GiB a device: {hours:.2f} h for all, without "
-        "pictures and checkpoints"
+        f"a step takes {1000 * seconds:.1f} ms and at most {memory:.2f} GiB a device: "
+        f"{_duration(seconds * max(0, left))} to finish, without pictures and checkpoints"
     )
 
 
 def _check_host_memory(needed: int) -> None:
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    """Raise ConfigurationError unless the host has room for the copy of a checkpoint, where it tells."""
+    told = Path("/proc/meminfo")
+    lines = told.read_text().splitlines() if told.exists() else []
+    free = next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), needed)
     if free < needed:
         raise ConfigurationError(
             f"checkpoint.asynchronous: got a checkpoint of {needed / 2**30:.1f} GiB to copy to a host with "
@@ -166,21 +217,44 @@ def _check_host_memory(needed: int) -> None:
         )
 
 
-def _plan(trainer: Trainer) -> str:
-    train, flops = trainer.configuration.train, trainer.parts.forward_flops
+def _plan(trainer: Trainer, checkpoint: Path | None) -> str:
+    train, flops, step = trainer.configuration.train, trainer.parts.forward_flops, trainer.state.step
     parameters = sum(p.numel() for p in trainer.state.network.parameters())
     kept = trainer.configuration.checkpoint.keep
-    return (
+    devices = train.devices * train.num_nodes
+    lines = [
         f"{parameters:,} parameters; {train.steps:,} steps of {train.global_batch} images = "
-        f"{train.steps * train.global_batch:,} images; {train.devices * train.num_nodes} devices; into {train.folder}\n"
+        f"{train.steps * train.global_batch:,} images; {devices} device{'s' * (devices > 1)}; into {train.folder}",
         f"{flops / 1e9:.3g} GFLOP forward an image, three times that with backward; "
-        f"{trainer.state.bytes / 2**20:,.0f} MiB a checkpoint, of which {kept + 1} at once"
+        f"{trainer.state.bytes / 2**20:,.1f} MiB a checkpoint, of which {kept + 1} at once",
+    ]
+    if checkpoint is not None:
+        left = "" if step < train.steps else ": nothing is left to train; set train.steps higher to go on"
+        lines.append(f"going on from {checkpoint}, after step {step:,}{left}")
+    return "\n".join(lines)
+
+
+def _duration(seconds: float) -> str:
+    """Return a time in its own unit, as ``40 s``, ``12.5 min`` or ``31.2 h``."""
+    return next(
+        (f"{seconds / unit:.1f} {name}" for unit, name in ((3600, "h"), (60, "min")) if seconds >= unit),
+        f"{seconds:.0f} s",
     )
+
+
+def _is_first() -> bool:
+    """Whether this is the first process, which is known from the environment before any is started."""
+    return not getattr(rank_zero_only, "rank", 0)
+
+
+def _where(error: BaseException) -> str:
+    """Return the process of several that an error of training came up in."""
+    return "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
 
 
 def _say(words: str, code: int, *, everywhere: bool = False) -> int:
     """Print to the standard error, in the first process alone unless it concerns each; return the code."""
-    if everywhere or not getattr(rank_zero_only, "rank", 0):
+    if everywhere or _is_first():
         print(words, file=sys.stderr)
     return code
 
