@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from pathline.training.log import warn
 from pathline.training.window import Skipped
 
 __all__ = ["FILE", "cut", "describe", "read", "write"]
@@ -56,7 +56,7 @@ def write(folder: Path, entry: dict[str, Any]) -> None:
         with (folder / FILE).open("a") as file:
             file.write(json.dumps(entry) + "\n")
     except OSError as error:
-        print(f"warning: {FILE} lacks {entry['reason']} at step {entry['step']}: {error}", file=sys.stderr)
+        warn(f"{FILE} lacks {entry['reason']} at step {entry['step']}: {error}")
 
 
 def cut(folder: Path, batch: int) -> None:

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from pathline.core import sections
 from pathline.core.checks import require
 
-__all__ = ["Log", "check_sinks", "mean_over_last_steps", "read_rows"]
+__all__ = ["Log", "check_sinks", "mean_over_last_steps", "read_rows", "warn"]
 
 KEPT = 1000  # rows that wait in memory while their file cannot be written
 DEFAULTS = sections.Log()
@@ -96,7 +96,7 @@ class Log:
                 self._drop(name, error)
 
     def _drop(self, name: str, error: Exception) -> None:
-        _warn(f"{name} failed and is left out from here on; training goes on ({type(error).__name__}: {error})")
+        warn(f"{name} failed and is left out from here on; training goes on ({type(error).__name__}: {error})")
         with suppress(Exception):  # it is broken already, or was never made
             self._sinks.pop(name).close()
 
@@ -143,7 +143,7 @@ class _Rows:
     def close(self) -> None:
         self._flush()
         if lost := self._lost + len(self._waiting):
-            _warn(f"{lost} rows of {self._path} could not be written and are lost")
+            warn(f"{lost} rows of {self._path} could not be written and are lost")
 
     def _flush(self) -> None:
         try:
@@ -155,7 +155,7 @@ class _Rows:
                 self._waiting.clear()
         except OSError as error:
             if not self._warned:
-                _warn(f"{self._path} cannot be written ({error}); rows wait in memory, training goes on")
+                warn(f"{self._path} cannot be written ({error}); rows wait in memory, training goes on")
             self._warned = True
 
 
@@ -293,6 +293,7 @@ def _step(line: bytes) -> float:
         return math.inf
 
 
-def _warn(line: str) -> None:
+def warn(line: str) -> None:
+    """Print a warning to stderr, if anybody still hears it; whether or not, nothing is raised."""
     with suppress(OSError, ValueError):  # stderr may be the very pipe that broke
         print(f"\nwarning: {line}", file=sys.stderr, flush=True)  # below the progress bar

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import signal
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from pathline.training import incidents, sampling
 from pathline.training.checkpoints import Keep, Snapshot, path_of
 from pathline.training.devices import Agreement, garbage_on_schedule, launch, losses_named, make_fabric
 from pathline.training.folder import RunFolder
-from pathline.training.log import Log
+from pathline.training.log import Log, warn
 from pathline.training.optim import learning_rate
 from pathline.training.parts import Parts, build
 from pathline.training.rollback import dump, leave_history_after, newest_good
@@ -269,7 +268,7 @@ class Trainer:
         for writer in (self._writer, self._averages_writer):
             failure = None if writer is None else writer.poll()
             if failure is not None and self.fabric.is_global_zero:
-                print(f"warning: {failure}", file=sys.stderr)
+                warn(failure)
 
     def _leave(self, number: int) -> NoReturn:
         step, total = self.state.step, self.configuration.train.steps
@@ -296,7 +295,7 @@ class Trainer:
         state.passed, state.rollbacks = tried - state.step, count
         if self._log is not None:
             self._log.rewind(state.step)
-            print(f"warning: {why}; going on from {path.name} with the samples after them", file=sys.stderr)
+            warn(f"{why}; going on from {path.name} with the samples after them")
 
     def _picture_due(self, end: int) -> bool:
         every, step = self.configuration.log.pictures_every, self.state.step
@@ -315,7 +314,7 @@ class Trainer:
                     sampling.save_picture(drawn, self.folder, self.state.step)
             except (PathlineError, OSError) as error:
                 if self.fabric.is_global_zero:
-                    print(f"warning: no picture at step {self.state.step}: {error}", file=sys.stderr)
+                    warn(f"no picture at step {self.state.step}: {error}")
 
 
 def _claim(folder: RunFolder, needed: int) -> None:

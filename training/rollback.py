@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 from pathline.training import checkpoints, incidents
+from pathline.training.log import warn
 from pathline.training.state import State
 
 __all__ = ["dump", "leave_history_after", "newest_good"]
@@ -20,9 +20,7 @@ def leave_history_after(folder: Path, step: int) -> None:
 
 def newest_good(folder: Path) -> Path | None:
     """Return the newest whole checkpoint of a run before which no streak of skipped steps was under way, or None."""
-    return checkpoints.latest(
-        folder / "checkpoints", lambda line: print(f"warning: {line}", file=sys.stderr), good=True
-    )
+    return checkpoints.latest(folder / "checkpoints", warn, good=True)
 
 
 def dump(folder: Path, state: State) -> Path:
