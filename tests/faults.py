@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 import torch
 
 from pathline import train
-from pathline.data import Digits
 from pathline.training import checkpoints, log, manifest, sampling
 from pathline.training.log import read_rows
 
@@ -315,17 +314,3 @@ class Tally:
         assert not any(self.wrong.values()), table.getvalue()
         for kind, number in least.items():
             assert self.tried[kind.replace("_", " ")] >= number, table.getvalue()
-
-
-def poison(bad: Mapping[int, float]) -> None:
-    """Give samples of the digits, by index, another first pixel, in this process."""
-    inner = Digits.batch
-
-    def batch(self: Digits, indices: Any) -> dict[str, Any]:
-        found = inner(self, indices)
-        for place, index in enumerate(found["index"].tolist()):
-            if index in bad:
-                found["data"][place, 0, 0, 0] = bad[index]
-        return found
-
-    Digits.batch = batch

@@ -113,7 +113,7 @@ def swapped(first: Path, second: Path) -> None:
 def to_files(draw: random.Random, flips: int) -> Iterator[Damage]:
     """Yield damage to each file."""
     for name in FILES:
-        said = (name,) if name != "manifest.json" else (MANIFEST,)
+        said = (name,) if name != "manifest.json" else (MANIFEST, *FILES)  # an entry of it, as of a file that is whole
 
         def one(kind: str, do: Callable[[Path], object], name=name, said=said) -> Damage:
             return Damage(f"{kind}", said, lambda folder: do(folder / name))
