@@ -192,7 +192,7 @@ def _rehearse(trainer: Trainer, resume: str | None) -> None:
         trainer.initialize_from(Path(train.initialize_from))
     if trainer.configuration.checkpoint.asynchronous:
         _check_host_memory(state.bytes)
-    plan, left = _plan(trainer, checkpoint), min(train.steps, train.stop_at or train.steps) - state.step
+    plan, left = _plan(trainer, checkpoint), max(0, _end(trainer) - state.step)
     seconds = trainer.rehearse()
     trainer.agreement.wait()
     if not trainer.fabric.is_global_zero:
@@ -201,7 +201,7 @@ def _rehearse(trainer: Trainer, resume: str | None) -> None:
     print(trainer.configuration.to_yaml() + plan)
     print(
         f"a step takes {1000 * seconds:.1f} ms and at most {memory:.2f} GiB a device: "
-        f"{_duration(seconds * max(0, left))} to finish, without pictures and checkpoints"
+        f"{_duration(seconds * left)} to finish, without pictures and checkpoints"
     )
 
 
@@ -229,9 +229,15 @@ def _plan(trainer: Trainer, checkpoint: Path | None) -> str:
         f"{trainer.state.bytes / 2**20:,.1f} MiB a checkpoint, of which {kept + 1} at once",
     ]
     if checkpoint is not None:
-        left = "" if step < train.steps else ": nothing is left to train; set train.steps higher to go on"
+        entry = "train.stop_at" if train.stop_at and train.stop_at < train.steps else "train.steps"
+        left = "" if step < _end(trainer) else f": nothing is left to train; set {entry} higher to go on"
         lines.append(f"going on from {checkpoint}, after step {step:,}{left}")
     return "\n".join(lines)
+
+
+def _end(trainer: Trainer) -> int:
+    train = trainer.configuration.train
+    return min(train.steps, train.stop_at or train.steps)
 
 
 def _duration(seconds: float) -> str:

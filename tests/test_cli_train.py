@@ -184,7 +184,7 @@ def test_going_back_in_the_same_folder_sets_later_checkpoints_aside(run, finishe
     assert same(weights(folder, 6), weights(finished, 6))
 
 
-def test_a_finished_run_is_resumed_to_no_effect(run, finished, tmp_path):
+def test_a_finished_run_is_resumed_to_no_effect(run, finished, tmp_path, capsys):
     folder = copy(finished, tmp_path)
     before = {p: content for p, (_, content) in tree(folder).items() if p.parent.parent.name == "checkpoints"}
     rows = (folder / "metrics.jsonl").read_bytes()
@@ -193,6 +193,9 @@ def test_a_finished_run_is_resumed_to_no_effect(run, finished, tmp_path):
     assert (folder / "metrics.jsonl").read_bytes() == rows
     assert run("--resume", "auto", "train.steps=8") == 0  # the schedule is constant: a longer run is the same so far
     assert read_rows(folder)[-1]["step"] == 8
+    capsys.readouterr()
+    assert run("--resume", "auto", "train.steps=8", "train.stop_at=7") == 0
+    assert "after step 8: nothing is left to train; set train.stop_at higher" in capsys.readouterr().out
 
 
 def test_resuming_another_run_into_an_occupied_folder_is_refused(run, finished, tmp_path, capsys):
@@ -561,6 +564,26 @@ def test_errors_are_one_line_and_have_their_code(error, code, said, run, tmp_pat
     lock = RunFolder(tmp_path / "run")
     lock.lock()  # it was let go
     lock.unlock()
+
+
+def test_an_error_of_one_process_of_several_is_said_by_it(tmp_path, processes, monkeypatch):
+    """The other one only knows that it is alone."""
+    run = command(tmp_path)
+
+    def unreadable(data):
+        if os.environ["RANK"] == "1":
+            raise OSError(errno.EIO, "Input/output error", "images")
+        return data
+
+    def child():
+        spoil(monkeypatch, 3, unreadable)
+        raise SystemExit(run("train.devices=2", "train.global_batch=10", "train.timeout=20"))
+
+    ended = processes(2, child, timeout=60)
+    assert ended.codes == [70, 2], ended.outputs
+    assert "error: [Errno 5] Input/output error: 'images' (in process 1 of 2)\n" in ended.outputs[1]
+    assert "error: lost contact with another process" in ended.outputs[0]
+    assert not any("Traceback" in said for said in ended.outputs)
 
 
 def test_an_error_that_nobody_thought_of_keeps_its_trace(run, monkeypatch):
