@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -187,6 +188,26 @@ def test_without_a_group_one_process_writes_all_and_shares_no_storage(tmp_path):
     write_group(tmp_path / "model", tensors, None)
     assert hashes(read_full(tmp_path / "model")) == hashes(tensors)
     assert hashes(read_into(tmp_path / "model", whole_like(tensors), None)) == hashes(tensors)
+
+
+def test_a_write_holds_no_second_copy(tmp_path, processes):
+    def peak():
+        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 2**10
+
+    def write():
+        tensors = {"weight": torch.ones(2**24), "bias": torch.ones(2**21)}
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        except OSError:
+            return None
+        before = peak()
+        write_group(tmp_path / "model", tensors, None)
+        return peak() - before
+
+    (rise,) = processes(1, write).checked()
+    if rise is None:
+        pytest.skip("needs Linux, and its leave to measure memory")
+    assert rise < 4 * 2**24 / 2
 
 
 def whole_like(tensors):
