@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
-from pathline.core.errors import ConfigurationError, MissingPackageError
+from pathline.core.errors import ConfigurationError
 from pathline.core.sections import Optim
 
 __all__ = ["Optimizers", "learning_rate", "matrices_of_blocks"]
@@ -27,7 +27,6 @@ class Optimizers:
 
     Raises:
         ConfigurationError: muon for a network without a matrix in a block.
-        MissingPackageError: muon with a torch that has none.
 
     Attributes:
         parameters: the trainable ones, in the network's order.
@@ -117,8 +116,6 @@ def _adamw(network: nn.Module, parameters: list[nn.Parameter], settings: Optim) 
 
 def _muon(parameters: list[nn.Parameter], settings: Optim) -> Optimizer:
     """Return Muon, its update scaled to the size of AdamW's (arXiv:2502.16982, 2.2)."""
-    if not hasattr(torch.optim, "Muon"):
-        raise MissingPackageError(f"got optim.name muon with torch {torch.__version__}; install torch>=2.9")
     if not parameters:
         raise ConfigurationError(
             "optim.name: got muon for a network without a weight of nn.Linear in an nn.ModuleList; use adamw"
