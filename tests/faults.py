@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import hashlib
-import io
 import json
 import os
 import re
@@ -21,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 
 from pathline import train
@@ -28,7 +28,6 @@ from pathline.training import checkpoints, log, manifest, sampling
 from pathline.training.log import read_rows
 
 TIMED = {"images_per_second", "data_wait_share", "checkpoint_share", "memory_gib"}
-MANIFEST = "manifest.json"
 LONGEST = 120.0  # seconds after which a process counts as hanging
 STEPS = 10
 Action = Callable[[str], None]
@@ -231,32 +230,22 @@ def kill_at(instant: str) -> Action:
 
 
 def outcome(folder: Path, without: Sequence[str] = ()) -> dict[str, str]:
-    """Return hashes of what a run has left: weights, averages, optimizer and counters of its newest checkpoint, stored
-    averages, rows of the log without timed entries, incidents and pictures.
-    """
-    run, newest = folder / "run", checkpoints.latest(folder / "run" / "checkpoints", _no_warning)
+    """Return hashes of what a run has left: its newest checkpoint, stored averages, rows, incidents and pictures."""
+    run, newest = folder / "run", checkpoints.latest(folder / "run" / "checkpoints", pytest.fail)
     assert newest is not None, f"{folder} holds no checkpoint"
-    left = {}
-    for pattern in (
-        f"checkpoints/{newest.name}/*",
-        "averages/step-*/*",
-        "pictures/*",
-        "samples.png",
-        "incidents.jsonl",
-    ):
-        left |= {str(file.relative_to(run)): _lasting(file) for file in run.glob(pattern) if file.name != MANIFEST}
-    left["rows"] = json.dumps(rows(folder, without)).encode()
+    left = {"rows": json.dumps(rows(folder, without)).encode()}
+    for pattern in f"*/{newest.name}/* averages/step-*/* pictures/* samples.png incidents.jsonl".split():
+        left |= {str(path.relative_to(run)): _lasting(path) for path in run.glob(pattern)}
     return {name: hashlib.sha256(content).hexdigest() for name, content in sorted(left.items())}
 
 
 def _lasting(file: Path) -> bytes:
     """Return what a file holds, but for entries of the configuration that say how long and how often."""
-    if file.name != "state.json":
-        return file.read_bytes()
+    if file.name != checkpoints.STATE:
+        return b"" if file.name == checkpoints.MANIFEST else file.read_bytes()
     state = json.loads(file.read_text())
-    for free in ("train.stop_at", "checkpoint", "log"):
-        section, _, entry = free.partition(".")
-        state["configuration"][section].pop(entry) if entry else state["configuration"].pop(section)
+    state["configuration"] |= {"checkpoint": None, "log": None}
+    state["configuration"]["train"]["stop_at"] = None
     return json.dumps(state).encode()
 
 
@@ -277,10 +266,6 @@ def verified(folder: Path) -> list[Path]:
     return sorted(path for path in found if manifest.problem(path) is None)
 
 
-def _no_warning(line: str) -> None:
-    raise AssertionError(line)
-
-
 class Tally:
     """Counts faults by kind, and notes what went wrong with each.
 
@@ -293,7 +278,6 @@ class Tally:
         self.wrong: dict[str, list[str]] = {"lost": [], "silent": [], "hangs": []}
 
     def count(self, kind: str) -> None:
-        """Count a fault."""
         self.tried[kind] += 1
 
     def expect(self, true: bool, column: str, words: str) -> None:
@@ -305,12 +289,8 @@ class Tally:
         """Print the table, and raise AssertionError if anything went wrong, or too little was tried."""
         ends = ", ".join(f"{column} {len(words)}" for column, words in self.wrong.items())
         kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(self.tried.items()))
-        table = io.StringIO()
-        print(f"\n{kinds}; {ends}", file=table)
-        for column, words in self.wrong.items():
-            for line in words[:20]:
-                print(f"  {column}: {line}", file=table)
-        sys.__stdout__.write(table.getvalue())
-        assert not any(self.wrong.values()), table.getvalue()
-        for kind, number in least.items():
-            assert self.tried[kind.replace("_", " ")] >= number, table.getvalue()
+        lines = [f"  {column}: {line}" for column, words in self.wrong.items() for line in words[:20]]
+        table = "\n".join([f"{kinds}; {ends}", *lines])
+        print(f"\n{table}")
+        assert not lines, table
+        assert all(self.tried[kind.replace("_", " ")] >= number for kind, number in least.items()), table

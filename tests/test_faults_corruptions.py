@@ -18,6 +18,7 @@ import pytest
 from pathline.core.config import resolve
 from pathline.core.errors import CheckpointError
 from pathline.training import Trainer, checkpoints
+from pathline.training.state import COUNTERS
 
 spec = importlib.util.spec_from_file_location("faults", Path(__file__).with_name("faults.py"))
 faults = importlib.util.module_from_spec(spec)
@@ -46,6 +47,13 @@ def stopped(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def unbroken(tmp_path_factory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("unbroken")
+    assert faults.forked(lambda: faults.start(folder)).code == 0
+    return faults.outcome(folder)
+
+
+@pytest.fixture(scope="module")
 def trainer(tmp_path_factory) -> Trainer:
     """A run of the same configuration that has taken no step."""
     return Trainer(resolve(faults.entries(train={"folder": str(tmp_path_factory.mktemp("live"))})))
@@ -57,7 +65,7 @@ def live(trainer: Trainer) -> str:
     for group, tensors in state.tensors().items():
         for name, tensor in tensors.items():
             found.update(f"{group}.{name}".encode() + tensor.detach().numpy().tobytes())
-    counters = [state.step, state.passed, state.skipped, state.streak, state.rollbacks]
+    counters = [getattr(state, name) for name in COUNTERS]
     found.update(json.dumps([counters, state.guard.state(), state.averages.state(), state.window.state()]).encode())
     return found.hexdigest()
 
@@ -142,24 +150,11 @@ def to_files(draw: random.Random, flips: int) -> Iterator[Damage]:
 
 def to_folders() -> Iterator[Damage]:
     """Yield damage to the folder as a whole."""
-
-    def emptied(folder: Path) -> None:
-        shutil.rmtree(folder)
-        folder.mkdir()
-
-    yield Damage("empty folder", (MANIFEST,), emptied)
+    yield Damage("empty folder", (MANIFEST,), lambda folder: (shutil.rmtree(folder), folder.mkdir()))
     yield Damage("of another step", (MANIFEST,), lambda f: (shutil.rmtree(f), shutil.copytree(f.parent / OLDER, f)))
-    for name in ("notes.txt", ".metadata", "model", "model/shard.safetensors", "optim.safetensors.tmp", "ema.pt"):
-
-        def added(folder: Path, name=name) -> None:
-            path = folder / name
-            path.parent.mkdir(exist_ok=True)
-            path.mkdir() if name == "model" else path.write_bytes(b"abc")
-
-        if name != "model":  # an empty folder holds nothing
-            yield Damage("extra file", (name,), added)
-    for name in ("model", "extra"):
-        yield Damage("extra file", (name,), lambda f, name=name: (f / name).symlink_to("/etc"))
+    for name in ("notes.txt", ".metadata", "model/shard.safetensors", "optim.safetensors.tmp", "ema.pt"):
+        yield Damage("extra file", (name,), lambda f, at=name: ((f / "model").mkdir(), (f / at).touch()))
+    yield Damage("extra file", ("model",), lambda folder: (folder / "model").symlink_to("/etc"))
 
 
 def to_manifests() -> Iterator[Damage]:
@@ -194,18 +189,12 @@ def to_manifests() -> Iterator[Damage]:
         yield one(lambda c, name=name: c["files"].update({name: c["files"].pop("model.safetensors")}))
     for name in (*TENSORS, "state.json"):
         yield one(lambda c, name=name: c["files"].pop(name), name)
-        for change in (
-            lambda e: e.update(bytes=e["bytes"] + 1),
-            lambda e: e.update(bytes=10**18),
-            lambda e: e.update(bytes=-1),
-            lambda e: e.update(bytes=float(e["bytes"])),
-            lambda e: e.update(sha256="0" * 64),
-            lambda e: e.update(sha256=e["sha256"].upper()),
-            lambda e: e.update(sha256=""),
-            lambda e: e.update(path="/etc/passwd"),
-            lambda e: e.pop("sha256"),
+        for changes in (
+            *({"bytes": size} for size in (10**18, 0, -1, 1e3, "9", None)),
+            *({"sha256": text} for text in ("0" * 64, "", None)),
+            {"path": "/etc/passwd"},
         ):
-            yield one(lambda c, name=name, change=change: change(c["files"][name]), name)
+            yield one(lambda c, name=name, changes=changes: c["files"][name].update(changes), name)
 
 
 # --- what has to happen -----------------------------------------------------------------------------------------------
@@ -249,13 +238,6 @@ def go_on(damage: Damage, stopped: Path, unbroken: dict[str, str], folder: Path,
     tally.expect(len(kept) == 1, "lost", f"{what}: no evidence")
 
 
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory) -> dict[str, str]:
-    folder = tmp_path_factory.mktemp("unbroken")
-    assert faults.forked(lambda: faults.start(folder)).code == 0
-    return faults.outcome(folder)
-
-
 def of_each_kind(damages: list[Damage]) -> list[Damage]:
     """Return one damage of each kind, to another file each."""
     kinds = list(dict.fromkeys(damage.kind for damage in damages))
@@ -290,15 +272,14 @@ def forge(folder: Path, change: Callable[[dict], object]) -> None:
     state, manifest = folder / "state.json", folder / "manifest.json"
     content = json.loads(state.read_text())
     change(content)
-    state.write_text(json.dumps(content))
+    written = json.dumps(content).encode()
+    state.write_bytes(written)
     known = json.loads(manifest.read_text())
-    written = state.read_bytes()
     known["files"]["state.json"] = {"bytes": len(written), "sha256": hashlib.sha256(written).hexdigest()}
     manifest.write_text(json.dumps(known))
 
 
 def test_scalars_that_cannot_be_are_refused_though_their_hash_is_right(stopped, trainer, tmp_path):
-    """A key that is missing, or of a wrong type: nothing has been changed when that is found out."""
     tally, path = faults.Tally(), tmp_path / NEWEST
     state = json.loads((stopped / "run" / "checkpoints" / NEWEST / "state.json").read_text())
     for key in sorted(state.keys() - {"format", "step", "good", "version", "position", "world_size", "statistics"}):

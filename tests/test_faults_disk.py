@@ -73,16 +73,9 @@ def fill(folder: Path) -> None:
 
 
 class Fault(NamedTuple):
-    """What goes wrong.
+    """What goes wrong: ``prepare`` is called first, with the folder, and ``before`` before each step, with its number.
 
-    Attributes:
-        name: in words.
-        before: called before each step with its number, counted from 1.
-        action: of ``faults.watch``.
-        failed: steps whose checkpoints cannot be written, and must be told of.
-        sections: of the configuration.
-        prepare: called first, with the folder.
-        gone: what of the outcome the fault itself takes away.
+    ``failed``: steps whose checkpoints cannot be written; ``gone``: what of the outcome the fault itself takes away.
     """
 
     name: str
@@ -151,8 +144,8 @@ READ = at_steps({3: lambda: remount(CHECKPOINTS, READ_ONLY), 5: lambda: remount(
 MOUNTED = [
     Fault("full disk", FULL, failed=(6,), prepare=lambda folder: mount(folder / RUN, 2**20)),
     Fault("full disk", FULL, failed=(6,), prepare=lambda folder: mount(folder / RUN, 2**20), sections=BESIDE),
-    Fault("read-only", READ, prepare=lambda folder: mount(folder / CHECKPOINTS, 2**20)),
-    Fault("read-only", READ, prepare=lambda folder: mount(folder / CHECKPOINTS, 2**20), sections=BESIDE),
+    Fault("read only", READ, prepare=lambda folder: mount(folder / CHECKPOINTS, 2**20)),
+    Fault("read only", READ, prepare=lambda folder: mount(folder / CHECKPOINTS, 2**20), sections=BESIDE),
 ]
 OTHERS = [
     Fault("file size", SMALL),
@@ -160,20 +153,13 @@ OTHERS = [
     Fault("checkpoints deleted", at_steps({5: lambda: shutil.rmtree(CHECKPOINTS)}), failed=()),
     Fault("folder deleted", at_steps({5: lambda: shutil.rmtree(RUN)}), failed=(), gone=("rows",)),
     Fault("folder deleted", at_steps({6: lambda: shutil.rmtree(RUN)}), failed=(), gone=("rows",), sections=BESIDE),
-    Fault(
-        "no memory for the copy",
-        sections=BESIDE,
-        prepare=failing_once(writing.Writer, "_staged", MemoryError(), 2),
-    ),
-    Fault(
-        "no memory for the copy",
-        sections=BESIDE,
-        prepare=failing_once(writing.Writer, "_staged", RuntimeError("[enforce fail] DefaultCPUAllocator"), 2),
-    ),
-    Fault(
-        "no thread",
-        sections=BESIDE,
-        prepare=failing_once(writing.threading.Thread, "start", RuntimeError("can't start new thread"), 2),
+    *(
+        Fault(f"{error!r} raised once by {name}", sections=BESIDE, prepare=failing_once(owner, name, error, 2))
+        for owner, name, error in (
+            (writing.Writer, "_staged", MemoryError()),
+            (writing.Writer, "_staged", RuntimeError("DefaultCPUAllocator: not enough memory")),
+            (threading, "Thread", RuntimeError("can't start new thread")),
+        )
     ),
 ]
 
@@ -205,11 +191,8 @@ def bear(fault: Fault, folder: Path, unbroken: dict[str, str], tally) -> None:
         code = faults.start(folder, action=fault.action, **fault.sections)
         counted = read_rows(folder / "run")[-1]["failed_saves"]
         left = [str(path) for path in (folder / "run").glob("*/.*")]
-        return {"code": code, "outcome": faults.outcome(folder, ["failed_saves"])} | {
-            "counted": counted,
-            "least": min(seen, default=1),
-            "left": left,
-        }
+        end = {"code": code, "counted": counted, "least": min(seen, default=1), "left": left}
+        return {**end, "outcome": faults.outcome(folder, ["failed_saves"])}
 
     what = f"{fault.name}{' beside training' * (fault.sections is BESIDE)}"
     ended = faults.forked(work)

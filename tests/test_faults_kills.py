@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import random
 import shutil
 import signal
@@ -11,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from pathline.training import step
 
 spec = importlib.util.spec_from_file_location("faults", Path(__file__).with_name("faults.py"))
 faults = importlib.util.module_from_spec(spec)
@@ -120,6 +123,27 @@ def kill_at_random(count: int, tmp_path, unbroken, tally, **sections) -> None:
         finish(folder, unbroken, tally, "at random", what, saved, **sections)
 
 
+def kill_in_steps(steps: list[int], tmp_path, unbroken, tally, **sections) -> None:
+    """Between a step's gradient and what becomes of it."""
+    for number in steps:
+        folder = tmp_path / f"step-{number}"
+
+        def work(folder=folder, number=number) -> int:
+            inner, calls = step.clipped_norm, []
+
+            def clipped_norm(*arguments):
+                calls.append(number)
+                if len(calls) == number:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return inner(*arguments)
+
+            step.clipped_norm = clipped_norm
+            return faults.start(folder, **sections)
+
+        assert faults.forked(work).code == -signal.SIGKILL
+        finish(folder, unbroken, tally, "mid step", f"step {number} {sections}", number > 2, **sections)
+
+
 # --- a selection ------------------------------------------------------------------------------------------------------
 
 SELECTED = [
@@ -158,7 +182,15 @@ def test_killed_at_every_instant(half_done, unbroken, tmp_path):
     kill_at_each(beside, half_done, tmp_path, unbroken, tally, "beside training", **ASYNCHRONOUS)
     first = [name.replace("000000006", "000000002") for name in names if "writing-000000006" in name]
     kill_at_each(first, None, tmp_path, unbroken, tally, "first save")
+    kill_in_steps([1, 2, 5, 10], tmp_path, unbroken, tally)
+    kill_in_steps([5, 7], tmp_path, unbroken, tally, **ASYNCHRONOUS)
     kill_at_random(30, tmp_path, unbroken, tally)
     kill_at_random(30, tmp_path, unbroken, tally, **ASYNCHRONOUS)
-    tally.close(in_order=100, beside_training=30, first_save=10, at_random=60)
+    tally.close(mid_step=6, in_order=100, beside_training=30, first_save=10, at_random=60)
     assert tally.tried.total() >= 200
+
+
+def test_killed_in_a_step(unbroken, tmp_path):
+    tally = faults.Tally()
+    kill_in_steps([6], tmp_path, unbroken, tally)
+    tally.close(mid_step=1)
