@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import resource
 import sys
 import time
@@ -95,7 +96,7 @@ def train(configuration: Configuration, resume: str | None, *, dry_run: bool) ->
                 save_curves(folder)
         if trainer.fabric.is_global_zero:
             images = (trainer.state.step - start) * configuration.train.global_batch
-            print(_summary(folder, trainer.parts.objective.predicts, images, *seconds))
+            _tell(_summary(folder, trainer.parts.objective.predicts, images, *seconds))
     return code
 
 
@@ -129,8 +130,8 @@ def _start(trainer: Trainer, resume: str | None) -> None:
         trainer.initialize_from(Path(configuration.train.initialize_from))
     if trainer.fabric.is_global_zero:
         (folder / "config.yaml").write_text(configuration.to_yaml())
-        print(f"pathline {pathline.__version__} from {Path(pathline.__file__).parent}\n{configuration.to_yaml()}")
-        print(_plan(trainer, checkpoint), flush=True)
+        _tell(f"pathline {pathline.__version__} from {Path(pathline.__file__).parent}\n{configuration.to_yaml()}")
+        _tell(_plan(trainer, checkpoint))
 
 
 def _check_beginning(configuration: Configuration, resume: str | None) -> None:
@@ -256,6 +257,14 @@ def _is_first() -> bool:
 def _where(error: BaseException) -> str:
     """Return the process of several that an error of training came up in."""
     return "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+
+
+def _tell(words: str) -> None:
+    """Print to the standard output, if it is still there: a broken pipe is no reason not to train, or to fail."""
+    try:
+        print(words, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # which what is left over goes to
 
 
 def _say(words: str, code: int, *, everywhere: bool = False) -> int:

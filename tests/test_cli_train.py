@@ -586,6 +586,21 @@ def test_an_error_of_one_process_of_several_is_said_by_it(tmp_path, processes, m
     assert not any("Traceback" in said for said in ended.outputs)
 
 
+def test_nobody_has_to_read_what_is_printed(tmp_path, processes):
+    """The output is a pipe whose reader is gone, as that of ``head``."""
+    run = command(tmp_path)
+
+    def child():
+        reader, writer = os.pipe()
+        os.close(reader)
+        os.dup2(writer, 1)
+        raise SystemExit(run())
+
+    ended = processes(1, child, timeout=60)
+    assert ended.codes == [0] and "error" not in ended.outputs[0], ended.outputs
+    assert weights(tmp_path / "run", 6)
+
+
 def test_an_error_that_nobody_thought_of_keeps_its_trace(run, monkeypatch):
     monkeypatch.setattr(train.Trainer, "run", lambda trainer: 1 / 0)
     with pytest.raises(ZeroDivisionError):
