@@ -72,14 +72,17 @@ def test_the_table_of_names_is_complete():
 @pytest.mark.parametrize(
     "line", [line for block in blocks("bash") for line in block.splitlines() if "train.py" in line]
 )
-def test_commands_name_entries_that_exist(line, tmp_path, monkeypatch, capsys):
+def test_commands_name_entries_that_exist(line, tmp_path, monkeypatch, processes):
+    """In processes of their own, one a device: train.py would start this very test again as the second one."""
     from pathline.train import main
 
     words = shlex.split(line, comments=True)[2:]
     words = [word for word in words if word not in ("--resume", "auto")]
     monkeypatch.chdir(ROOT)
-    assert main([*words, f"train.folder={tmp_path / 'run'}", "--dry-run"]) == 0
-    assert "494,988 parameters" in capsys.readouterr().out
+    devices = next((int(word.partition("=")[2]) for word in words if word.startswith("train.devices=")), 1)
+    rehearsed = processes(devices, lambda: main([*words, f"train.folder={tmp_path / 'run'}", "--dry-run"]), timeout=100)
+    assert rehearsed.checked() == [0] * devices
+    assert "494,988 parameters" in rehearsed.outputs[0] and not (tmp_path / "run").exists()
 
 
 def test_a_run_that_stopped_goes_on_by_the_command_that_readme_gives(tmp_path, monkeypatch):
