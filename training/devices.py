@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -17,6 +18,7 @@ from lightning_fabric.strategies.strategy import Strategy
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.parallel import DistributedDataParallel
 
 from pathline.core.errors import ConfigurationError, PathlineError, ProcessError
 from pathline.core.sections import Train
@@ -87,8 +89,11 @@ def _strategy(train: Train) -> str | Strategy:
         return "auto"
     if train.strategy == "fsdp":
         return ModelParallelStrategy(_shard, data_parallel_size=workers, tensor_parallel_size=1, timeout=timeout)
-    # batch statistics are not shared; gradients are views into what is reduced, so that there is no copy of them
-    return DDPStrategy(timeout=timeout, broadcast_buffers=False, gradient_as_bucket_view=True)
+    # gradients are views into what is reduced, so that there is no copy of them; buffers are the same in all processes
+    options: dict[str, Any] = {"gradient_as_bucket_view": True}
+    known = inspect.signature(DistributedDataParallel).parameters
+    options["forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"] = False  # by version
+    return DDPStrategy(timeout=timeout, **options)
 
 
 def _shard(network: nn.Module, mesh: DeviceMesh) -> nn.Module:
