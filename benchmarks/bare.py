@@ -86,7 +86,6 @@ def configured(case: Case, folder: Path, device: str, precision: str, compiled: 
             "objective": "velocity" if case.backbone == "sit" else case.backbone,
             "solver": {"name": "euler", "steps": 1},
             "train": {**train, **mode},
-            "log": {"every": case.block},
             "checkpoint": {"every": 10**6},
         }
     )

@@ -23,6 +23,7 @@ import torch
 from bare import RESULTS, Case, Enough, configured, device_name, driven, parts_of, table
 
 from pathline.training import Trainer, checkpoints, manifest
+from pathline.training.checkpoints import Keep
 
 
 class Saves(NamedTuple):
@@ -37,13 +38,14 @@ class Saves(NamedTuple):
     whole: float
     step: float
     step_beside: float
+    alone: float
     plain: float
     plain_fsync: float
 
     def cells(self) -> dict[str, str]:
         """Return the row of the table."""
         beside = f"{self.step_beside * 1e3:.0f} ({self.step_beside / self.step - 1:+.0%})"
-        seconds = ("first_stall", "stall", "write", "fsync", "hash", "whole", "plain", "plain_fsync")
+        seconds = ("first_stall", "stall", "write", "fsync", "hash", "whole", "alone", "plain", "plain_fsync")
         named = {name.replace("_", " ") + " s": f"{getattr(self, name):.2f}" for name in seconds}
         return {
             "MB": f"{self.bytes / 1e6:.0f}",
@@ -56,20 +58,22 @@ class Saves(NamedTuple):
 def saves(device: str, width: int, repetitions: int) -> Saves:
     """Save a run of SiT's width and 12 blocks several times between and during its steps, and as ``torch.save`` does.
 
-    Medians; of the saves after the first, which also makes the copy on the host.
+    Medians, of the saves after the first, which also makes the copy on the host; of what the thread does, means.
     """
     case = Case("", "sit", width, 12, 4, 4, 1, 1)
     with tempfile.TemporaryDirectory() as name:
         c = configured(case, Path(name), device, "fp32", False)
         trainer = Trainer(c, parts=parts_of(c))
         size, found = trainer.state.bytes, _timed_saves(trainer, repetitions)
-        tensors, path, plain = trainer.state.tensors(), Path(name, "plain.pt"), []
-        for _ in range(repetitions):
+        snapshot, path, plain = trainer.state.snapshot(), Path(name, "plain.pt"), []
+        for number in range(repetitions):
+            start = time.perf_counter()
+            checkpoints.write(Path(name, "alone"), number, snapshot, Keep(1))
             began = time.perf_counter()
-            torch.save(tensors, path)
+            torch.save(dict(snapshot.tensors), path)
             written = time.perf_counter()
             manifest.sync(path)
-            plain.append((written - began, time.perf_counter() - began))
+            plain.append((began - start, written - began, time.perf_counter() - began))
             path.unlink()
     return Saves(size, *found, *(statistics.median(column) for column in zip(*plain, strict=True)))
 
@@ -114,9 +118,8 @@ def _timed_saves(trainer: Trainer, repetitions: int) -> list[float]:
             patches.enter_context(patch.object(place, function, timed(name, getattr(place, function))))
         with driven(before):
             trainer.run()
-    whole = spent.pop("whole")
-    each = [sum(values) / len(whole) for values in spent.values()]
-    medians = [statistics.median(values) for values in (whole, steps[1:], beside or [math.nan])]
+    each = [sum(values) / len(spent["whole"]) for values in spent.values()]
+    medians = [statistics.median(values) for values in (steps[1:], beside or [math.nan])]
     return [stalls[0], statistics.median(stalls[1:]), *each, *medians]
 
 
