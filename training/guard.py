@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from pathline.core.sections import Guard as Settings
 
@@ -97,10 +96,11 @@ def clipped_norm(parameters: Sequence[Tensor], clip: float | None) -> Tensor:
 
     Shards count as what they are parts of.
     """
-    trained = [p for p in parameters if p.grad is not None]
-    norm: Any = get_total_norm([p.grad for p in trained if p.grad is not None], foreach=True)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    # torch's own clip_grad_norm_ computes the same, but first sorts the tensors by device and type, twice
+    norm: Any = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
     if clip is not None:
-        clip_grads_with_norm_(trained, clip, norm, foreach=True)
+        torch._foreach_mul_(gradients, (clip / (norm + 1e-6)).clamp(max=1.0))
     return norm  # type: ignore[no-any-return]  # a tensor either way
