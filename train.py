@@ -8,6 +8,7 @@ import resource
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from pathline.core.errors import CheckpointError, ConfigurationError, DivergedEr
 from pathline.training import Interrupted, Trainer, check_machine, checkpoints
 from pathline.training.curves import save_curves
 from pathline.training.folder import RunFolder
-from pathline.training.log import check_sinks, mean_over_last_steps, read_rows
+from pathline.training.log import check_sinks, mean_over_last_steps, read_rows, warn
 from pathline.training.parts import build
 from pathline.training.speed import memory_bytes
 
@@ -164,10 +165,6 @@ def _checkpoint(folder: Path, resume: str | None) -> Path | None:
     """Return the checkpoint to go on from."""
     if resume is None:
         return None
-
-    def warn(line: str) -> None:
-        print(f"warning: {line}", file=sys.stderr)
-
     if resume != "auto":
         path = checkpoints.find(Path(resume), warn)
         if path.resolve().parent.parent != folder.resolve() and _holds_run(folder):
@@ -270,7 +267,8 @@ def _tell(words: str) -> None:
 def _say(words: str, code: int, *, everywhere: bool = False) -> int:
     """Print to the standard error, in the first process alone unless it concerns each; return the code."""
     if everywhere or _is_first():
-        print(words, file=sys.stderr)
+        with suppress(OSError):  # of a terminal that is gone
+            print(words, file=sys.stderr)
     return code
 
 

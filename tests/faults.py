@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import hashlib
 import json
@@ -30,6 +31,7 @@ from pathline.training.log import read_rows
 TIMED = {"images_per_second", "data_wait_share", "checkpoint_share", "memory_gib"}
 LONGEST = 120.0  # seconds after which a process counts as hanging
 STEPS = 10
+PARENT_DEATH_SIGNAL = 1  # of prctl(2)
 Action = Callable[[str], None]
 
 
@@ -117,6 +119,7 @@ class Child:
         self._handle = os.pidfd_open(self.pid)
 
     def _run(self, work: Callable[[], Any]) -> int:
+        ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL)
         os.dup2(self._said.fileno(), 1)
         os.dup2(self._said.fileno(), 2)
         sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -64,12 +65,12 @@ def test_a_second_run_in_a_folder_is_refused_and_the_first_goes_on(unbroken, tmp
     (tmp_path / "run" / ".lock").write_text("999999 on elsewhere\n")
     first = faults.Child(slow)
     os.read(arrived[0], 1)
-    for words in (("--resume", "auto"), ("--resume", str(CHECKPOINTS / "step-000000002"))):
-        second = faults.forked(lambda words=words: faults.start(tmp_path, *words))
-        assert second.code == 2 and f"in which process {first.pid} on " in second.said, second.said
-    assert faults.forked(lambda: faults.start(tmp_path)).code == 2
+    resumed = [("--resume", "auto"), ("--resume", str(CHECKPOINTS / "step-000000002"))]
+    others = [faults.forked(lambda words=words: faults.start(tmp_path, *words)) for words in (*resumed, ())]
     os.write(opened[1], b"x")
     assert first.end().code == 0
+    assert [second.code for second in others] == [2, 2, 2]
+    assert all(f"in which process {first.pid} on " in second.said for second in others[:2]), others[0].said
     assert not faults.differing(unbroken, faults.outcome(tmp_path))
     for handle in (*arrived, *opened):
         os.close(handle)
@@ -236,3 +237,21 @@ def test_a_dead_place_of_the_log_leaves_training_as_it_is(prepare, said, unbroke
         left["pictures/step-000000008.png"] = whole["pictures/step-000000008.png"]  # the one that could not be drawn
         assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["failed_saves"] == 1
     assert not faults.differing(whole, left)
+
+
+def test_a_signal_is_heard_where_nobody_hears_the_answer(unbroken, tmp_path):
+    """A closed pipe in the place of a terminal, and SIGTERM: saved, with its code."""
+
+    def take(state) -> None:
+        if state.step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        take_step(state)
+
+    def work() -> int:
+        closed_pipe()
+        loop.take_step = take
+        return faults.start(tmp_path)
+
+    assert faults.forked(work).code == 75
+    assert faults.forked(lambda: faults.start(tmp_path, "--resume", "auto")).code == 0
+    assert not faults.differing(unbroken, faults.outcome(tmp_path))
