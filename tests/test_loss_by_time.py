@@ -121,6 +121,23 @@ def test_a_window_goes_on_from_its_state():
     assert rows[2] == pytest.approx([0.3, 0.2, 0.4])  # the bins of the saved step are left out
 
 
+def test_the_speed_of_a_restored_window_is_that_of_the_steps_since(monkeypatch):
+    """Three steps before a stop, one of 2 s after it: four in the row's means, one in its speed."""
+    now = iter(range(0, 100, 2))
+    monkeypatch.setattr("pathline.training.window.time.perf_counter", lambda: float(next(now)))
+    before, after = window(0), window(0)
+    for step in (1, 2, 3):
+        add(before, [0.5], [1.0])
+        close(before, step)
+    before.read()
+    after.restore(before.state())
+    add(after, [0.5], [1.0])
+    close(after, 4)
+    after.read()
+    row = after.row(7)
+    assert row["window"] == 4 and row["images_per_second"] == pytest.approx(7 / 2)
+
+
 def test_rows_of_a_run_are_the_losses_of_its_draws(tmp_path):
     """The last row covers step 7 alone: its losses and times are found again with the weights of step 6."""
     trainer = trained(tmp_path / "run")

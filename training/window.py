@@ -90,6 +90,7 @@ class Window:
         self.records: list[Record] = []
         self._pending: list[_Pending] = []
         self._batches: list[Tensor] = []
+        self._timed = 0  # steps since: records that were restored are of another process's time
         self._began = time.perf_counter()
         self._spent: dict[Spent, float] = {"data": 0.0, "checkpoint": 0.0, "other": 0.0}
 
@@ -114,6 +115,7 @@ class Window:
         """
         values = self._batches[0] if len(self._batches) == 1 else torch.cat(self._batches, dim=1)
         self._batches = []
+        self._timed += 1
         summary = torch.cat((numbers, kept.reshape(1), values.mean(1)))
         self._pending.append(_Pending(step, first, values, summary))
 
@@ -161,7 +163,8 @@ class Window:
         return torch.stack((positions.double(), values[0], finite.double(), values[2 + self._plain], values[1]), dim=1)
 
     def row(self, images_per_step: int) -> dict[str, Any]:
-        """Return means over the steps taken of what was read, with the window's length and speed.
+        """Return means over the steps taken of what was read, with the window's length, and its speed since it was
+        begun or restored.
 
         Where an objective tells its times, ``loss_by_time`` is a list of means over bins of t, NaN for empty ones.
         """
@@ -176,7 +179,7 @@ class Window:
             row["loss_by_time"] = [s / n if n else math.nan for s, n in zip(sums, counts, strict=True)]
         return row | {
             "window": len(records),
-            "images_per_second": len(records) * images_per_step / seconds,
+            "images_per_second": self._timed * images_per_step / seconds,
             "data_wait_share": self._spent["data"] / seconds,
             "checkpoint_share": self._spent["checkpoint"] / seconds,
         }
