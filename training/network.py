@@ -71,9 +71,16 @@ def compile_units(network: nn.Module) -> None:
         unit.compile()
 
 
-def shard(network: nn.Module, mesh: DeviceMesh) -> nn.Module:
-    """Cut every unit, and what is left, up over a one-dimensional mesh (FSDP2); in place."""
-    options: dict[str, Any] = {"mesh": mesh}
+def shard(network: nn.Module, mesh: DeviceMesh, *, trained: bool = True) -> nn.Module:
+    """Cut every unit, and what is left, up over a one-dimensional mesh (FSDP2); in place.
+
+    Args:
+        network: whole.
+        mesh: of the devices.
+        trained: whether a backward pass follows each forward one. Where none does, what the forward pass gathered
+            outside of units would be used again by the next one, however its shards have changed meanwhile.
+    """
+    options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": None if trained else True}
     for unit in units(network):
         if any(True for _ in unit.parameters()):
             fully_shard(unit, **options)

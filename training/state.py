@@ -74,7 +74,8 @@ class State:
         for track in self.averages.tracks.values():
             track.to(fabric.device)
             if train.strategy == "fsdp":
-                shard(track, fabric.strategy.device_mesh["data_parallel"])  # type: ignore[attr-defined]  # of fsdp
+                mesh = fabric.strategy.device_mesh["data_parallel"]  # type: ignore[attr-defined]  # of fsdp
+                shard(track, mesh, trained=False)
         self.averages.follow(self.network)
         self.optimizers = Optimizers(self.network, configuration.optim)
         self.guard = Guard(fabric.device, configuration.guard)
