@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from types import MethodType
 from typing import Any, Literal
 
 import torch
@@ -57,8 +58,13 @@ def checkpoint_activations(network: nn.Module, kind: Literal["selective"] | int)
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # a backbone draws nothing
     if kind == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+
+    def recomputed(unit: nn.Module, *inputs: Any, **conditions: Any) -> Any:
+        return checkpoint(type(unit).forward, unit, *inputs, **conditions, **options)
+
     for unit in found if kind == "selective" else found[::kind]:
-        unit.forward = partial(checkpoint, unit.forward, **options)
+        # a method: of a unit whose forward is a partial torch.compile would compile nothing, without a word
+        unit.forward = MethodType(recomputed, unit)
 
 
 def _policy(context: Any, operation: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:
