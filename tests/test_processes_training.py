@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
 from pathline.core.config import resolve
+from pathline.core.errors import ConfigurationError
 from pathline.training import Trainer, checkpoints
 from pathline.training.log import read_rows
 from pathline.training.network import units
@@ -59,7 +60,7 @@ def configuration(folder, world="one", **sections):
         "checkpoint": {"every": EVERY, "keep": 9},
     }
     for name, section in sections.items():
-        entries[name] = {**entries[name], **section}
+        entries[name] = section if name in ("backbone", "objective") else {**entries[name], **section}
     return resolve(entries)
 
 
@@ -170,16 +171,32 @@ def test_one_process_in_micro_batches_equals_itself(micro, unbroken, processes, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world", ["ddp of 2", "fsdp of 2", "fsdp of 4"])
-def test_muon_in_several_processes_equals_muon_in_one(world, processes, tmp_path, monkeypatch):
-    """The matrices of blocks are orthogonalised as wholes, also where each process has a part of each.
-
-    In float32 here: in bfloat16, as torch has it, the last bit of a gradient moves the update by a percent.
-    """
+def test_muon_in_two_processes_equals_muon_in_one(processes, tmp_path, monkeypatch):
+    """Orthogonalised in float32 here: in bfloat16, as torch has it, a gradient's last bit moves it by a percent."""
     monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
     muon = {"name": "muon", "lr": 1e-3}
     run(processes, configuration(tmp_path / "one", optim=muon))
-    run(processes, configuration(tmp_path / "several", world, optim=muon))
+    run(processes, configuration(tmp_path / "two", "ddp of 2", optim=muon))
+    assert difference(saved(tmp_path / "one"), saved(tmp_path / "two")) < 1e-6
+
+
+def test_muon_is_refused_where_weights_are_cut_up(tmp_path):
+    with pytest.raises(
+        ConfigurationError, match=r"train\.strategy: got fsdp with optim.name muon.*; use ddp, or adamw"
+    ):
+        configuration(tmp_path, "fsdp of 2", optim={"name": "muon"})
+
+
+@pytest.mark.parametrize("world", ["ddp of 2", pytest.param("fsdp of 2", marks=pytest.mark.slow)])
+def test_an_objective_that_differentiates_forward_trains_in_several_processes(world, processes, tmp_path):
+    """Average velocities, whose loss calls the network within ``torch.func.jvp``."""
+    backbone = {"name": "sit", "input_size": 8, "patch_size": 4, "in_channels": 1, "hidden_size": 12, "depth": 2}
+    sit = {**backbone, "num_heads": 3, "num_classes": 10, "takes_gap": True}
+    mean_flow = {"backbone": sit, "objective": {"name": "mean-flow", "share": 0.75}, "optim": {"eps": 1e-2}}
+    several = {**mean_flow, "train": {"micro_batch": 5}}
+    assert run(processes, configuration(tmp_path / "one", **mean_flow)) == run(
+        processes, configuration(tmp_path / "several", world, **several)
+    )
     assert difference(saved(tmp_path / "one"), saved(tmp_path / "several")) < 1e-6
 
 
@@ -202,7 +219,7 @@ def collectives(configuration):
     return carried, sum(p.numel() for p in network.parameters()), len(units(network))
 
 
-@pytest.mark.parametrize("micro", [None, 3])
+@pytest.mark.parametrize("micro", [pytest.param(None, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("world", ["ddp of 2", "fsdp of 2"])
 def test_gradients_are_reduced_once_a_step_and_nothing_else_of_size(world, micro, processes, tmp_path):
     """Also where a step has three micro-batches. A barrier would make the host wait for the device."""
@@ -231,7 +248,7 @@ CHANGES = [
     ("fsdp of 2", "fsdp of 4", 1),
     ("fsdp of 4", "fsdp of 2", None),
 ]
-EARLY = {("one", "ddp of 2", None), ("ddp of 2", "fsdp of 2", None), ("fsdp of 2", "one", None)}
+EARLY = {("one", "ddp of 2", None), ("fsdp of 2", "one", None)}
 
 
 @pytest.mark.parametrize(
@@ -268,7 +285,10 @@ def spoilt(trainer):
     trainer.parts.dataset.indices_at, trainer.parts.dataset.batch = indices_at, spoil
 
 
-@pytest.mark.parametrize("world", ["ddp of 2", "fsdp of 2", pytest.param("fsdp of 4", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "world",
+    ["fsdp of 2", *(pytest.param(world, marks=pytest.mark.slow) for world in ("ddp of 2", "ddp of 4", "fsdp of 4"))],
+)
 def test_stopped_and_resumed_on_the_same_processes_is_unbroken_bit_for_bit(world, processes, tmp_path):
     """Weights, moments, averages, rows and incidents; step 5 lies within a window, and two steps are skipped."""
     whole = run(processes, configuration(tmp_path / "a", world), prepare=spoilt)

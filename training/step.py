@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from pathline.core.draws import Draws, send
 from pathline.training.guard import clipped_norm
@@ -27,6 +28,9 @@ def take_step(state: State) -> None:
     share = train.global_batch // fabric.world_size
     first = state.position + fabric.global_rank * share
     micro = train.micro_batch or share
+    ddp = state.module._forward_module
+    if isinstance(ddp, DistributedDataParallel):
+        ddp.reducer._rebuild_buckets()  # else when the network is called, which may be within torch.func.jvp
     parts = []  # of the loss, and of the samples that cannot be used
     for start in range(first, first + share, micro):
         positions = range(start, min(start + micro, first + share))
