@@ -166,7 +166,7 @@ def unbroken(tmp_path_factory):
 # --- numbers ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_bad_numbers_of_one_process_make_all_skip_the_step(strategy, processes, tmp_path):
     """Step 2: a NaN in the data of the second; 4: its gradient alone; 5: a sample of the first whose loss overflows."""
     nan, huge = BATCH + SHARE + 1, 4 * BATCH + 2
@@ -209,6 +209,7 @@ def test_two_processes_roll_back_as_one_does(strategy, processes, tmp_path):
     assert [row["step"] for row in read_rows(tmp_path / "two")] == list(range(1, STEPS + 1))
 
 
+@pytest.mark.slow
 def test_a_run_that_no_roll_back_helps_ends_on_all_processes(processes, tmp_path):
     bad = {position: math.nan for position in range(3 * BATCH + SHARE, 99 * BATCH)}
     c = configuration(tmp_path / "run", guard={"rollback_after": 2, "max_rollbacks": 1})
@@ -246,7 +247,7 @@ SIGNALS = [
     for rank in (0, 1)
     for strategy in ("ddp", "fsdp")
 ]
-FEW = {(signal.SIGTERM, 1, "ddp"), (signal.SIGUSR1, 1, "fsdp"), (signal.SIGINT, 0, "ddp")}
+FEW = {(signal.SIGTERM, 1, "ddp")}
 
 
 @pytest.mark.parametrize(
@@ -344,11 +345,7 @@ LOSSES = [
     for rank in (0, 1)
     if (act, when, strategy) != (raised, within_a_save, "fsdp")  # which fails the save alone, see below
 ]
-FEW_LOSSES = {
-    (killed, within_a_step, "ddp", 1),
-    (stalled, within_a_step, "fsdp", 0),
-    (killed, within_a_save, "fsdp", 1),
-}
+FEW_LOSSES = {(killed, within_a_step, "ddp", 1), (killed, within_a_save, "fsdp", 1)}
 
 
 @pytest.mark.parametrize(
