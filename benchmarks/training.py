@@ -48,10 +48,10 @@ def cases(device: str, sizes: Sequence[str]) -> list[Case]:
     found = []
     for backbone in ("sit", "deepflow"):
         toy = Case(f"{backbone} toy", backbone, 12, 2, 8, 4, 6, 20, seconds=300e-6)
-        small = Case(f"{backbone} 384", backbone, 384, 2, 16, 2, 4, 3, share=0.03)
+        small = Case(f"{backbone} 384", backbone, 384, 2, 16, 2, 4, 1, share=0.03)
         if device == "cuda":
-            small = small._replace(depth=12, side=32, batch=256, block=20)
-        largest = Case(f"{backbone} 1152", backbone, 1152, 28, 32, 2, 64, 10, share=0.03)
+            small = small._replace(depth=12, side=32, batch=256, block=5)
+        largest = Case(f"{backbone} 1152", backbone, 1152, 28, 32, 2, 64, 2, share=0.03)
         found += [case for size, case in zip(SIZES, (toy, small, largest), strict=True) if size in sizes]
     return found
 
@@ -327,7 +327,7 @@ def measure(case: Case, device: str, precision: str, compiled: bool, repetitions
         trainer = Trainer(c, parts=parts_of(c))
         bare = Bare(c, trainer.fabric.device, case.block * (repetitions + 4))
         times = alternate(trainer, bare, case.block, repetitions)
-        parts, row = split(trainer, 2 * case.block)
+        parts, row = split(trainer, 20)
         if device != "cuda":
             return Result(case, precision, compiled, times, 1, parts, row, memory)
         peak = peak_flops(torch.cuda.get_device_name(), c.train.precision, c.train.tf32)
@@ -353,7 +353,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=SIZES[:2])
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, help="all that a GPU has; fp32 on a CPU")
     parser.add_argument("--compile", action="store_true", help="compiled networks as well; slow on a CPU")
-    parser.add_argument("--repetitions", type=int, default=15)
+    parser.add_argument("--repetitions", type=int, default=60, help="blocks of each loop")
     parser.add_argument("--record", action="store_true", default=cuda, help="add the tables to RESULTS.md")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
