@@ -40,6 +40,7 @@ class Optimizers:
         orthogonal = [p for p in self.parameters if p in matrices]
         others = [p for p in self.parameters if p not in matrices]
         self.all: list[Optimizer] = [_adamw(network, others, settings)] if others else []
+        self._states = [(group, _states(self.all[0], group)) for group in self.all[0].param_groups] if others else []
         self._muon = _muon(orthogonal, settings) if settings.name == "muon" else None
         if self._muon is not None:
             self.all.append(self._muon)
@@ -68,10 +69,8 @@ class Optimizers:
                 whatever the gradients hold.
         """
         skipped = 1 - kept
-        for optimizer in self.all:
-            if optimizer is not self._muon:
-                optimizer.found_inf = skipped  # type: ignore[attr-defined]  # read by the fused step
-                optimizer.step()
+        for group, states in self._states:
+            _adamw_step(group, states, skipped)
         if self._muon is not None:
             before = [tensor.clone() for tensor in self._undone]
             self._muon.step()
@@ -112,6 +111,41 @@ def _adamw(network: nn.Module, parameters: list[nn.Parameter], settings: Optim) 
             "exp_avg_sq": torch.zeros_like(p),
         }
     return optimizer
+
+
+def _states(optimizer: Optimizer, group: dict[str, Any]) -> list[tuple[Tensor, ...]]:
+    """Return parameter, moments and step count of each parameter of a group."""
+    held = [(p, optimizer.state[p]) for p in group["params"]]
+    return [(p, state["exp_avg"], state["exp_avg_sq"], state["step"]) for p, state in held]
+
+
+def _adamw_step(group: dict[str, Any], states: list[tuple[Tensor, ...]], skipped: Tensor) -> None:
+    """Take AdamW's fused step as torch does, without sorting the tensors by device and type each time.
+
+    The sorting takes longer than the rest of the step of a small network.
+    """
+    trained = [state for state in states if state[0].grad is not None]
+    if not trained:
+        return
+    parameters, means, squares, counts = map(list, zip(*trained, strict=True))
+    torch._foreach_add_(counts, 1)
+    torch._fused_adamw_(
+        parameters,
+        [p.grad for p in parameters],
+        means,
+        squares,
+        [],
+        counts,
+        amsgrad=False,
+        lr=group["lr"],
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=False,
+        found_inf=skipped,
+    )
+    torch._foreach_sub_(counts, [skipped] * len(counts))
 
 
 def _muon(parameters: list[nn.Parameter], settings: Optim) -> Optimizer:
