@@ -33,7 +33,7 @@ EXIT_CODES = f"""exit codes:
   {DIVERGED}   numbers that are not finite, or jumps of the loss, that no roll-back could get past
   {LOST}   another process of the run is gone, or was silent for longer than train.timeout
   {UNSAVED}   stopped or done, but the last checkpoint could not be written; older ones are whole
-  {INTERRUPTED}   stopped by SIGINT, SIGTERM or SIGUSR1, and saved: go on with --resume auto
+  {INTERRUPTED}   stopped by SIGINT, SIGTERM, SIGUSR1 or SIGHUP, and saved: go on with --resume auto
   128+n   left at once, on a second signal n or on a first one before the first step"""
 SMALLER = "lower train.micro_batch, set train.activation_checkpointing, or cut the network up by train.strategy=fsdp"
 

@@ -228,7 +228,7 @@ def latest(folder: Path, warn: Callable[[str], None], good: bool = False) -> Pat
 def set_aside_after(folder: Path, step: int) -> None:
     """Rename the checkpoints of later steps, of a history that a resume from ``step`` leaves."""
     late = [path for path in _steps(folder) if _step(path) > step]
-    for path in late:
+    for path in reversed(late):  # so that a kill in between leaves the older ones, which these came from
         _rename_aside(path, "superseded")
     if late:
         sync(folder)

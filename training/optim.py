@@ -47,11 +47,6 @@ class Optimizers:
             momenta = [self._muon.state[p]["momentum_buffer"] for p in orthogonal]
             self._undone = [_local(tensor) for tensor in (*orthogonal, *momenta)]
 
-    @property
-    def first(self) -> Optimizer:
-        """AdamW, unless Muon takes every parameter."""
-        return self.all[0]
-
     def set_lr(self, lr: float) -> None:
         """Set the learning rate of the next step."""
         for optimizer in self.all:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
 __all__ = ["Signals"]
 
-HEARD = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+HEARD = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 class Signals:
-    """While entered, the first of SIGINT, SIGTERM and SIGUSR1 is noted; a second leaves at once, with 128 + its number.
+    """While entered, the first of SIGINT, SIGTERM, SIGUSR1 and SIGHUP is noted; a second leaves at once.
 
-    Nothing is damaged by leaving at once: whatever was being written is known by its name to be unfinished.
+    Its exit code is 128 + its number. Nothing is damaged by leaving at once: whatever was being written is known by its
+    name to be unfinished. SIGHUP, which a closed terminal sends, may come twice: as a second one it is not heard, and
+    not at all where it is ignored, as under ``nohup``.
 
     Attributes:
         caught: number of the signal noted, or 0.
@@ -28,7 +31,9 @@ class Signals:
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():  # handlers can be set nowhere else
-            self._previous = {number: signal.signal(number, self._hear) for number in HEARD}
+            ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            heard = HEARD[:-1] if ignored else HEARD
+            self._previous = {number: signal.signal(number, self._hear) for number in heard}
         return self
 
     def __exit__(
@@ -38,7 +43,9 @@ class Signals:
             signal.signal(number, handler)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        if self.caught:
-            os.write(2, b"\na second signal: leaving at once; go on with --resume auto\n")
+        if not self.caught:
+            self.caught = number
+        elif number != signal.SIGHUP:
+            with suppress(OSError):  # nobody may be there to read it
+                os.write(2, b"\na second signal: leaving at once; go on with --resume auto\n")
             os._exit(128 + number)
-        self.caught = number
