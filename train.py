@@ -102,15 +102,27 @@ def train(configuration: Configuration, resume: str | None, *, dry_run: bool) ->
 
 
 def _run(trainer: Trainer) -> int:
-    """Train; return the exit code."""
+    """Train; return the exit code.
+
+    Fabric kills all processes soon after one that it started itself has left with another code than 0: where all of
+    them end alike, such a one leaves with 0, so that the first can finish and give the code.
+    """
+    try:
+        code = _outcome(trainer)
+    except DivergedError:
+        if not _was_started_by_fabric(trainer.fabric):
+            raise
+        code = DIVERGED
+    return 0 if _was_started_by_fabric(trainer.fabric) else code
+
+
+def _outcome(trainer: Trainer) -> int:
+    """Train; return the code for what became of it."""
     fabric, start = trainer.fabric, trainer.state.step
     try:
         trainer.run()
     except Interrupted as stop:
-        code = INTERRUPTED if stop.saved else UNSAVED
-        _say(f"\n{stop}\ngo on with --resume auto", code)
-        # Fabric kills all processes once one that it started itself leaves with another code than 0
-        return 0 if _was_started_by_fabric(fabric) else code
+        return _say(f"\n{stop}\ngo on with --resume auto", INTERRUPTED if stop.saved else UNSAVED)
     except Exception as error:
         if fabric.world_size > 1:
             error.add_note(f"in process {fabric.global_rank} of {fabric.world_size}")

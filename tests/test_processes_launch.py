@@ -166,6 +166,45 @@ def test_a_signal_to_the_process_that_was_started_by_the_first(kind, started):
         assert all(step % 50 == 0 for step in run.steps_saved)
 
 
+SLOW = """
+import sys, time
+from pathline import train
+from pathline.training import checkpoints
+
+def full(*arguments):
+    raise OSError(28, "No space left on device")
+
+train.save_curves = lambda folder: time.sleep(12)
+if "checkpoint.every=2" in sys.argv:
+    checkpoints.write = full
+if __name__ == "__main__":
+    sys.exit(train.main())
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (
+            65,
+            [
+                "optim.lr=1e30",
+                "optim.clip=null",
+                "guard.rollback_after=2",
+                "guard.max_rollbacks=0",
+                "checkpoint.every=1",
+            ],
+        ),
+        (74, ["checkpoint.every=2"]),
+    ],
+)
+def test_the_exit_code_is_the_firsts_however_long_it_takes_to_draw_curves(code, words, started, tmp_path):
+    """Fabric kills the first process within five seconds of another one's leaving with another code than 0."""
+    (tmp_path / "slow.py").write_text(SLOW)
+    run = started([sys.executable, str(tmp_path / "slow.py")], "train.steps=4", *words)
+    assert run.ends(180) == code, run.said
+
+
 def test_torchrun_starts_saves_and_goes_on(started):
     """SIGTERM to torchrun, which hands it on: its workers save. Then the same with --resume auto, to the end."""
     run = started(TORCHRUN)
