@@ -104,16 +104,17 @@ def train(configuration: Configuration, resume: str | None, *, dry_run: bool) ->
 def _run(trainer: Trainer) -> int:
     """Train; return the exit code.
 
-    Fabric kills all processes soon after one that it started itself has left with another code than 0: where all of
-    them end alike, such a one leaves with 0, so that the first can finish and give the code.
+    Fabric kills the first process soon after one that it started left with another code than 0: where all end alike,
+    these leave with 0.
     """
+    started = _was_started_by_fabric(trainer.fabric)
     try:
         code = _outcome(trainer)
     except DivergedError:
-        if not _was_started_by_fabric(trainer.fabric):
+        if not started:
             raise
-        code = DIVERGED
-    return 0 if _was_started_by_fabric(trainer.fabric) else code
+        return 0
+    return 0 if started else code
 
 
 def _outcome(trainer: Trainer) -> int:
