@@ -19,7 +19,7 @@ from pathline import Draws
 from pathline.core.config import resolve
 from pathline.core.errors import CheckpointError
 from pathline.core.sections import Optim
-from pathline.training import Interrupted, Trainer, loop, sampling
+from pathline.training import Interrupted, Trainer, checkpoints, loop, sampling
 from pathline.training.log import mean_over_last_steps, read_rows
 from pathline.training.optim import learning_rate
 from pathline.training.pictures import grid, to_uint8
@@ -269,6 +269,25 @@ def test_going_back_to_an_older_checkpoint_leaves_the_later_ones_under_another_n
     third = Trainer(configuration(tmp_path))
     third.resume(tmp_path / "checkpoints" / "step-000000010")  # verified, so whole
     assert difference(tensors(again), tensors(third)) == 0 and aside.exists()
+
+
+def test_what_a_run_without_a_checkpoint_left_is_no_part_of_the_next_one(tmp_path, monkeypatch):
+    """Killed before its first checkpoint, with averages stored; the next one in the folder is of another rate."""
+
+    def killed(self, *, last):
+        raise KeyboardInterrupt
+
+    averages = {"ema": {"lengths": [0.1, 0.25], "snapshot_every": 2}}
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            trained(tmp_path, **averages)
+    assert (tmp_path / "averages" / "step-000000002").exists()
+    second = Trainer(configuration(tmp_path, optim={"lr": 1e-5}, **averages))
+    second.run()
+    stored = checkpoints.read_state(tmp_path / "averages" / "step-000000002")
+    assert stored["configuration"]["optim"]["lr"] == 1e-5
+    assert (tmp_path / "averages" / "superseded-step-000000002-1").exists()
 
 
 def test_starting_from_weights(tmp_path):

@@ -142,9 +142,7 @@ class Trainer:
         c = self.configuration
         keep, all_of_them = Keep(c.checkpoint.keep, c.checkpoint.keep_every), Keep(ALL)
         try:
-            if self.fabric.is_global_zero:
-                self._log = Log(self.folder, self.state.step, c.train.steps, c.log, c.model_dump(mode="json"))
-                incidents.cut(self.folder, self.state.step + self.state.passed)
+            self.agreement.first(self._open_history)
             self._writer = self._new_writer("checkpoints", keep)
             self._averages_writer = self._new_writer("averages", all_of_them) if c.ema.snapshot_every else None
             yield
@@ -155,6 +153,13 @@ class Trainer:
             if self._log is not None:
                 self._log.close()
             self._log = self._writer = self._averages_writer = None
+
+    def _open_history(self) -> None:
+        """Set aside what another history of the folder has of later steps, and open the log; in the first process."""
+        c, state = self.configuration, self.state
+        leave_history_after(self.folder, state.step)
+        incidents.cut(self.folder, state.step + state.passed)
+        self._log = Log(self.folder, state.step, c.train.steps, c.log, c.model_dump(mode="json"))
 
     def _new_writer(self, name: str, keep: Keep) -> AnyWriter | None:
         train, asynchronous = self.configuration.train, self.configuration.checkpoint.asynchronous
