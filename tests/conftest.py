@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,12 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from tqdm import tqdm
 
 from pathline import Flow, backbones, interpolants
 from pathline.interpolants import Interpolant
 
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)
+tqdm.set_lock(threading.RLock())  # its own is shared by all forked processes, and one killed while holding it keeps it
 hypothesis.settings.register_profile(
     "pathline",
     max_examples=int(os.environ.get("HYPOTHESIS_EXAMPLES", "25")),
