@@ -18,7 +18,6 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
-from tqdm.auto import tqdm
 
 from pathline.core import sections
 from pathline.core.errors import MissingPackageError
@@ -462,19 +461,3 @@ def test_an_interrupt_is_no_failure_of_a_sink(tmp_path, monkeypatch):
     monkeypatch.undo()
     log.close()
     assert steps(tmp_path) == [2, 3]
-
-
-def test_a_broken_bar_of_a_forked_process_keeps_no_lock_from_others(tmp_path):
-    """The lock of tqdm's own bars is one of all processes forked since the first of them was made."""
-    lock = tqdm(disable=True).get_lock().mp_lock
-    child = os.fork()
-    if not child:
-        read, write = os.pipe()
-        os.close(read)
-        os.dup2(write, 2)
-        sys.stderr = open(2, "w", buffering=1, closefd=False)
-        Log(tmp_path, 0, 11, PLAIN).close()
-        os._exit(0)
-    assert os.waitpid(child, 0)[1] == 0
-    assert lock.acquire(True, 5.0)
-    lock.release()

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import sys
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -169,18 +168,12 @@ class _Sink:
     def close(self) -> None: ...
 
 
-class _Progress(tqdm):  # type: ignore[type-arg]  # not generic when it runs
-    """A bar with a lock of this process alone: tqdm's own is shared with forked ones, and kept where a bar raises."""
-
-    _lock = threading.RLock()
-
-
 class _Bar(_Sink):
     """The progress bar, on stderr."""
 
     def __init__(self, start: int, steps: int) -> None:
         interval = 0.5 if sys.stderr.isatty() else 30.0  # seconds; few states where they are written to a file
-        self._bar = _Progress(total=steps, initial=start, desc="training", unit="step", mininterval=interval)
+        self._bar = tqdm(total=steps, initial=start, desc="training", unit="step", mininterval=interval)
 
     def advance(self) -> None:
         self._bar.update()
