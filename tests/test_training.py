@@ -290,6 +290,20 @@ def test_what_a_run_without_a_checkpoint_left_is_no_part_of_the_next_one(tmp_pat
     assert (tmp_path / "averages" / "superseded-step-000000002-1").exists()
 
 
+def test_every_save_that_failed_is_told_also_the_last(tmp_path, monkeypatch, capsys):
+    """Nothing can be written beside training: neither two checkpoints in a row, nor averages after the last of them."""
+
+    def full(self, step, snapshot):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(loop.Writer, "_store", full)
+    averages = {"lengths": [0.1, 0.25], "snapshot_every": 10}
+    trained(tmp_path, ema=averages, checkpoint={"every": 5, "asynchronous": True})
+    said = capsys.readouterr().err
+    for step, folder in ((5, "checkpoints"), (10, "checkpoints"), (10, "averages")):
+        assert said.count(f"the checkpoint of step {step} was not written to {tmp_path / folder}") == 1
+
+
 def test_starting_from_weights(tmp_path):
     first = trained(tmp_path, train={"stop_at": 5})
     for source in (tmp_path, tmp_path / "checkpoints" / "step-000000005" / "ema.safetensors"):

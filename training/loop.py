@@ -150,6 +150,7 @@ class Trainer:
             for writer in (self._writer, self._averages_writer):
                 if writer is not None:
                     writer.close()
+            self._tell_failures()
             if self._log is not None:
                 self._log.close()
             self._log = self._writer = self._averages_writer = None
@@ -203,6 +204,7 @@ class Trainer:
             "passed": state.passed,
             **self._speed(c.train.global_batch / row["images_per_second"]),
         }
+        self._tell_failures()
         if self._log is not None and self._writer is not None:
             self._log.write({**row, "failed_saves": len(self._writer.failures)})
 
@@ -271,9 +273,9 @@ class Trainer:
 
     def _tell_failures(self) -> None:
         for writer in (self._writer, self._averages_writer):
-            failure = None if writer is None else writer.poll()
-            if failure is not None and self.fabric.is_global_zero:
-                warn(failure)
+            while writer is not None and (failure := writer.poll()) is not None:
+                if self.fabric.is_global_zero:
+                    warn(failure)
 
     def _leave(self, number: int) -> NoReturn:
         step, total = self.state.step, self.configuration.train.steps
