@@ -20,6 +20,7 @@ from pathline.core.config import resolve
 from pathline.core.errors import CheckpointError
 from pathline.core.sections import Optim
 from pathline.training import Interrupted, Trainer, checkpoints, loop, sampling
+from pathline.training.export import export
 from pathline.training.log import mean_over_last_steps, read_rows
 from pathline.training.optim import learning_rate
 from pathline.training.pictures import grid, to_uint8
@@ -318,6 +319,13 @@ def test_starting_from_weights(tmp_path):
     (tmp_path / "other.safetensors").write_bytes(b"no such thing")
     with pytest.raises(CheckpointError, match="other.safetensors, which is no safetensors file"):
         second.initialize_from(tmp_path / "other.safetensors")
+    exported = export(tmp_path / "checkpoints" / "step-000000005")
+    second.initialize_from(exported)
+    content = bytearray(exported.read_bytes())
+    content[-3] ^= 64
+    exported.write_bytes(content)
+    with pytest.raises(CheckpointError, match="with other contents than ema-step-000000005.json tells"):
+        second.initialize_from(exported)
     narrow = Trainer(configuration(tmp_path / "narrow", backbone={"acceleration_width": 5}))
     with pytest.raises(CheckpointError, match=r"do not fit the network: refiners.*expected \(5"):
         narrow.initialize_from(tmp_path)

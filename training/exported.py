@@ -13,7 +13,7 @@ from pathline.core.config import Configuration, resolve
 from pathline.core.errors import CheckpointError
 from pathline.training.manifest import parse
 
-__all__ = ["digest", "load_exported"]
+__all__ = ["digest", "load_exported", "read_weights"]
 
 
 def load_exported(path: Path) -> tuple[Configuration, dict[str, Tensor]]:
@@ -34,10 +34,21 @@ def load_exported(path: Path) -> tuple[Configuration, dict[str, Tensor]]:
     configuration = record.get("configuration")
     if not isinstance(configuration, dict) or "sha256" not in record:
         raise CheckpointError(f"got {beside}, which does not tell of weights; give the one that was exported with them")
-    if digest(path) != record["sha256"]:
+    return resolve(configuration), read_weights(path)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file; where a JSON file beside it has its hash, that is verified before.
+
+    Raises:
+        CheckpointError: it has another hash, or is no such file.
+    """
+    beside = path.with_suffix(".json")
+    told = parse(beside).get("sha256") if beside.is_file() else None
+    if told is not None and digest(path) != told:
         raise CheckpointError(f"got {path} with other contents than {beside.name} tells; export it again")
     try:
-        return resolve(configuration), load_file(path)
+        return load_file(path)
     except SafetensorError as error:
         raise CheckpointError(f"got {path}, which is no safetensors file: {error}") from error
 

@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.wrappers import _FabricModule
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -21,6 +19,7 @@ from pathline.training import checkpoints, sharded
 from pathline.training.checkpoints import Snapshot, check_tensors
 from pathline.training.devices import Agreement
 from pathline.training.ema import Averages
+from pathline.training.exported import read_weights
 from pathline.training.guard import Guard
 from pathline.training.network import checkpoint_activations, compile_units, shard
 from pathline.training.optim import Optimizers
@@ -196,10 +195,7 @@ def load_weights(state: State, path: Path) -> None:
         CheckpointError: nothing there, damaged, or of another network.
     """
     if path.suffix == ".safetensors" and path.is_file():
-        try:
-            weights: Mapping[str, Tensor] = load_file(path)
-        except SafetensorError as error:
-            raise CheckpointError(f"got {path}, which is no safetensors file: {error}") from error
+        weights: Mapping[str, Tensor] = read_weights(path)
     else:
         checkpoint = checkpoints.find(path)
         saved = checkpoints.read_state(checkpoint)
