@@ -265,6 +265,10 @@ def test_wrong_entries_are_named_with_the_nearest_valid_one(word, said):
         (["solver.steps=0"], "solver: got steps 0"),
         (["solver.start=2"], "solver: got start 2"),
         (
+            ["objective=mean-flow", "backbone.takes_gap=true", "train.activation_checkpointing=selective"],
+            "objective: cannot be differentiated through blocks that compute their activations again",
+        ),
+        (
             [f"backbone={DEEPFLOW}", "train.devices=2"],
             "objective: gives no gradient to middle_head",
         ),
@@ -272,6 +276,11 @@ def test_wrong_entries_are_named_with_the_nearest_valid_one(word, said):
 )
 def test_contradictions_are_found_before_anything_starts(words, said):
     assert said in refusal(*words)
+
+
+def test_differences_pass_where_activations_are_computed_again():
+    mean_flow = ("objective=mean-flow", "objective.derivative=finite-difference", "backbone.takes_gap=true")
+    build(resolve(entries(*mean_flow, "train.activation_checkpointing=1")))
 
 
 def test_what_the_machine_lacks(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -19,7 +20,7 @@ from pathline.interpolants import Interpolant
 from pathline.objectives import Objective
 from pathline.solvers import Solver, guidance
 from pathline.solvers.guidance import Guidance, LabelGuidance
-from pathline.training.network import units
+from pathline.training.network import checkpoint_activations, units
 from pathline.training.optim import matrices_of_blocks
 from pathline.training.speed import forward_flops
 
@@ -158,16 +159,26 @@ def _missing_blocks(parts: Parts) -> Iterator[str]:
 def _check_objective(parts: Parts) -> int:
     """Evaluate the loss of two samples: only that tells whether objective and backbone speak to one another.
 
-    With several devices also its gradient: data parallelism waits for every parameter's. Returns the operations of the
-    forward pass on one sample.
+    With several devices also its gradient: data parallelism waits for every parameter's. With recomputed activations,
+    too: forward-mode differentiation cannot pass them. Returns the operations of the forward pass on one sample.
     """
     train, batch = parts.configuration.train, parts.dataset.batch([0, 1])
 
-    def loss() -> Tensor:
+    def loss(backbone: nn.Module = parts.backbone) -> Tensor:
         given = parts.conditions(batch["label"])
-        return parts.objective(parts.backbone, batch["data"], Draws(0).at(range(2)), **given).total
+        return parts.objective(backbone, batch["data"], Draws(0).at(range(2)), **given).total
 
     flops = forward_flops(loss) // 2
+    if train.activation_checkpointing != "none":
+        again = deepcopy(parts.backbone)
+        checkpoint_activations(again, train.activation_checkpointing)
+        try:
+            loss(again).backward()  # type: ignore[no-untyped-call]  # torch has no types here
+        except RuntimeError as error:
+            raise InputError(
+                "cannot be differentiated through blocks that compute their activations again, as none can be that "
+                f"differentiates forward; leave train.activation_checkpointing out ({str(error).splitlines()[0]})"
+            ) from error
     if train.devices * train.num_nodes > 1:
         loss().backward()  # type: ignore[no-untyped-call]  # torch has no types here
         unused = [name for name, p in parts.backbone.named_parameters() if p.requires_grad and p.grad is None]
