@@ -127,6 +127,11 @@ class Objective(ABC):
         kept = self._drop_labels(backbone, draws, conditions)
         return self.loss(backbone, data, noise, draws, tuple(features), kept)
 
+    @property
+    def mixes_samples(self) -> bool:
+        """Whether a sample's loss depends on the others taken at once, so that how a batch is cut up matters."""
+        return not isinstance(self.coupling, couplings.Independent)
+
     @abstractmethod
     def loss(
         self,

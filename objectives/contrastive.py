@@ -53,6 +53,11 @@ class Contrastive(Objective):
         self.interval = interpolant.training_interval("velocity")
         self.weights = {"velocity": 1.0, "contrast": -strength}
 
+    @property
+    def mixes_samples(self) -> bool:
+        """Always: a sample's loss depends on the next one."""
+        return True
+
     def loss(
         self,
         backbone: nn.Module,

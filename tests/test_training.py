@@ -291,6 +291,20 @@ def test_what_a_run_without_a_checkpoint_left_is_no_part_of_the_next_one(tmp_pat
     assert (tmp_path / "averages" / "superseded-step-000000002-1").exists()
 
 
+@pytest.mark.parametrize(
+    ("objective", "refused"), [({}, False), ({"coupling": "exact"}, True), ({"coupling": "independent"}, False)]
+)
+def test_the_split_of_a_batch_may_change_unless_the_objective_mixes_samples(objective, refused, tmp_path):
+    trained(tmp_path, objective=objective, train={"stop_at": 5})
+    path = tmp_path / "checkpoints" / "step-000000005"
+    Trainer(configuration(tmp_path, objective=objective, train={"micro_batch": 6})).resume(path)  # which is all
+    other = Trainer(configuration(tmp_path, objective=objective, train={"micro_batch": 3}))
+    if not refused:
+        return other.resume(path)
+    with pytest.raises(CheckpointError, match=r"train.micro_batch None on 1 devices -> 3 on 1$"):
+        other.resume(path)
+
+
 def test_every_save_that_failed_is_told_also_the_last(tmp_path, monkeypatch, capsys):
     """Nothing can be written beside training: neither two checkpoints in a row, nor averages after the last of them."""
 

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from pathline import __version__
 from pathline.core.config import Configuration, differences, resolve
 from pathline.core.errors import CheckpointError
+from pathline.core.sections import Train
 from pathline.training import checkpoints, sharded
 from pathline.training.checkpoints import Snapshot, check_tensors
 from pathline.training.devices import Agreement
@@ -175,6 +176,13 @@ def check_same_run(saved: Mapping[str, Any], parts: Parts, path: Path) -> None:
     constant = parts.configuration.optim.schedule == "constant"  # only then is a longer run the same so far
     free = (*FREE, "train.steps") if constant else tuple(FREE)
     changed = [line for line in differences(before, parts.configuration) if not line.startswith(free)]
+    old, new = before.train, parts.configuration.train
+    if parts.objective.mixes_samples and _cut(old) != _cut(new):
+        changed.append(
+            "what the objective mixes, as all that is taken at once: train.micro_batch "
+            f"{old.micro_batch} on {old.devices * old.num_nodes} devices -> {new.micro_batch} on "
+            f"{new.devices * new.num_nodes}"
+        )
     manifest = parts.dataset.manifest
     changed += [
         f"the data's {key}: {saved['data'].get(key)!r} -> {manifest.get(key)!r}"
@@ -186,6 +194,14 @@ def check_same_run(saved: Mapping[str, Any], parts: Parts, path: Path) -> None:
             f"got {path} of another configuration; give these back their values, or start anew in another "
             "train.folder:\n  " + "\n  ".join(changed)
         )
+
+
+def _cut(train: Train) -> list[int]:
+    """Return how many samples of a global batch are taken at once, in the order of the training stream."""
+    workers = train.devices * train.num_nodes
+    share = train.global_batch // workers
+    micro = train.micro_batch or share
+    return [min(micro, share - start) for start in range(0, share, micro)] * workers
 
 
 def load_weights(state: State, path: Path) -> None:
