@@ -17,7 +17,7 @@ from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from lightning_fabric.utilities.rank_zero import rank_zero_only
 
 import pathline
-from pathline.core.config import Configuration, load
+from pathline.core.config import Configuration, check_entries, load
 from pathline.core.errors import CheckpointError, ConfigurationError, DivergedError, PathlineError, ProcessError
 from pathline.training import Interrupted, Trainer, check_machine, checkpoints
 from pathline.training.curves import save_curves
@@ -55,11 +55,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "or go on from a checkpoint, or the newest one of a run",
     )
     parser.add_argument(
+        "--allow",
+        metavar="ENTRY",
+        action="append",
+        default=[],
+        help="let this entry, section or the data differ from those of the checkpoint, as optim.lr; may be repeated",
+    )
+    parser.add_argument(
         "--dry-run", action="store_true", help="check everything, take three steps, print the plan; write nothing"
     )
     given = parser.parse_intermixed_args(arguments)
     try:
-        return train(load(given.configuration, given.entries), given.resume, dry_run=given.dry_run)
+        configuration = load(given.configuration, given.entries)
+        return train(configuration, given.resume, dry_run=given.dry_run, allow=given.allow)
     except KeyboardInterrupt:
         return _say("interrupted outside training: there was nothing to save", AT_ONCE)
     except DivergedError as error:
@@ -75,19 +83,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _say(f"error: out of memory{_where(error)}; {SMALLER} ({said})", WRONG, everywhere=True)
 
 
-def train(configuration: Configuration, resume: str | None, *, dry_run: bool) -> int:
+def train(configuration: Configuration, resume: str | None, *, dry_run: bool = False, allow: Sequence[str] = ()) -> int:
     """Train, and print what came out; return the exit code."""
     folder = Path(configuration.train.folder)
     check_machine(configuration.train)
     check_sinks(configuration.log)
+    check_entries(configuration, allow)
     if _is_first():
         _check_beginning(configuration, resume)
     trainer = Trainer(configuration, parts=build(configuration))
     if dry_run:
-        _rehearse(trainer, resume)
+        _rehearse(trainer, resume, allow)
         return 0
     with trainer.claimed():
-        _start(trainer, resume)
+        _start(trainer, resume, allow)
         wall, cpu, start = time.perf_counter(), time.process_time(), trainer.state.step
         try:
             code = _run(trainer)
@@ -134,12 +143,12 @@ def _outcome(trainer: Trainer) -> int:
     return _say(f"error: {last} could not be written, for the reason above", UNSAVED)
 
 
-def _start(trainer: Trainer, resume: str | None) -> None:
+def _start(trainer: Trainer, resume: str | None, allow: Sequence[str]) -> None:
     """Resume, or start from weights, and say what is going to be trained."""
     configuration, folder = trainer.configuration, trainer.folder
     checkpoint = trainer.agreement.first(lambda: _checkpoint(folder, resume))
     if checkpoint is not None:
-        trainer.resume(checkpoint)
+        trainer.resume(checkpoint, allow)
     elif configuration.train.initialize_from is not None:
         trainer.initialize_from(Path(configuration.train.initialize_from))
     if trainer.fabric.is_global_zero:
@@ -189,7 +198,7 @@ def _checkpoint(folder: Path, resume: str | None) -> Path | None:
     return found
 
 
-def _rehearse(trainer: Trainer, resume: str | None) -> None:
+def _rehearse(trainer: Trainer, resume: str | None, allow: Sequence[str]) -> None:
     """Check disk and memory, take a few steps in every process, and print the plan; nothing is written.
 
     What a resume would go on from is read and checked, also where another process is training in the folder.
@@ -198,7 +207,7 @@ def _rehearse(trainer: Trainer, resume: str | None) -> None:
     trainer.agreement.first(lambda: RunFolder(trainer.folder).check_room(state.bytes))
     checkpoint = trainer.agreement.first(lambda: _checkpoint(trainer.folder, resume))
     if checkpoint is not None:
-        state.restore(checkpoint)
+        state.restore(checkpoint, allow)
     elif train.initialize_from is not None:
         trainer.initialize_from(Path(train.initialize_from))
     if trainer.configuration.checkpoint.asynchronous:

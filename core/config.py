@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
@@ -18,7 +18,7 @@ from pathline.core.registry import Entry, Registry
 from pathline.core.sections import Checkpoint, Ema, Guard, Log, Optim, Sample, Section, Train
 from pathline.solvers import guidance
 
-__all__ = ["Component", "Configuration", "differences", "load", "resolve"]
+__all__ = ["Component", "Configuration", "check_entries", "differences", "load", "resolve"]
 
 
 def _named(value: Any) -> Any:
@@ -104,6 +104,15 @@ def differences(old: Configuration, new: Configuration) -> list[str]:
         for path in sorted(before.keys() | after.keys())
         if before.get(path) != after.get(path)
     ]
+
+
+def check_entries(configuration: Configuration, names: Sequence[str]) -> None:
+    """Raise ConfigurationError unless each name is an entry, as ``optim.lr``, or a section."""
+    leaves = [path for path, _ in _leaves(configuration.model_dump(mode="json"))]
+    known = {".".join(leaf.split(".")[:i]) for leaf in leaves for i in range(1, leaf.count(".") + 2)}
+    for name in names:
+        if name not in known | Configuration.model_fields.keys():
+            raise ConfigurationError(f"got no entry {name!r} to allow; {suggest(name, known)}")
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

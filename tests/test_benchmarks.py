@@ -71,6 +71,7 @@ def test_the_page_says_what_is_true(name):
     assert round(load("memory").held(solvers.build(name, start=0.95, end=0.05, **stepped)), 1) == float(states)
 
 
+@pytest.mark.slow
 def test_errors_on_the_picture_fall_with_calls():
     accuracy = load("accuracy")
     x = torch.randn(16, 2, dtype=torch.float64)

@@ -257,6 +257,28 @@ def test_a_checkpoint_of_something_else_is_refused_with_the_difference(dry, run,
     assert "backbone.name: 'deepflow' -> 'sit'" in capsys.readouterr().err and tree(folder) == before
 
 
+@pytest.mark.parametrize(
+    ("allow", "code", "said"),
+    [
+        (["optim.lr"], 2, "train.seed: 0 -> 4"),
+        (["optim.lr", "train.seed"], 0, ""),
+        (["optim", "train"], 0, ""),
+        (["optim.lrr"], 2, "got no entry 'optim.lrr' to allow; did you mean 'optim.lr'?"),
+    ],
+)
+def test_what_is_named_may_differ_from_the_checkpoint(allow, code, said, run, tmp_path, capsys):
+    """The learning rate and the seed are changed in the middle of a run."""
+    assert run("train.stop_at=4") == 0
+    capsys.readouterr()
+    words = [word for name in allow for word in ("--allow", name)]
+    assert run("--resume", "auto", "optim.lr=7e-4", "train.seed=4", *words) == code
+    said_there = capsys.readouterr().err
+    assert said in said_there and ("--allow" in said_there or "to allow" in said_there) == bool(code)
+    assert (read_rows(tmp_path / "run")[-1]["step"] == 6) == (code == 0)
+    if not code:
+        assert read_rows(tmp_path / "run")[-1]["lr"] == 7e-4
+
+
 def test_auto_falls_back_loudly_and_never_starts_over(run, finished, tmp_path, capsys):
     folder = copy(finished, tmp_path)
     for step, file in ((6, "model.safetensors"), (3, "ema.safetensors")):

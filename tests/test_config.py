@@ -12,7 +12,7 @@ import yaml
 from pathline.core import config, overrides
 from pathline.core.config import differences, load, resolve
 from pathline.core.errors import ConfigurationError
-from pathline.training import check_machine
+from pathline.training import check_machine, parts
 from pathline.training.loop import make_fabric
 from pathline.training.parts import build
 
@@ -276,6 +276,22 @@ def test_wrong_entries_are_named_with_the_nearest_valid_one(word, said):
 )
 def test_contradictions_are_found_before_anything_starts(words, said):
     assert said in refusal(*words)
+
+
+def test_a_backbone_that_draws_at_random_is_refused(monkeypatch):
+    make = parts._backbone
+    for p in (0.0, 0.3):
+
+        def with_dropout(configuration, p=p):
+            backbone = make(configuration)
+            backbone.dropout = torch.nn.Dropout(p)
+            return backbone
+
+        monkeypatch.setattr(parts, "_backbone", with_dropout)
+        if p:
+            assert "backbone: draws at random in dropout (Dropout, p = 0.3)" in refusal()
+        else:
+            build(resolve(entries()))
 
 
 def test_differences_pass_where_activations_are_computed_again():

@@ -294,6 +294,7 @@ def distances(steps):
     return {name: energy_distance(x, truth) for name, x in drawn.items()}
 
 
+@pytest.mark.slow
 def test_both_objectives_learn_a_mixture():
     """A short run: learned flows lie far below the noise they start from, and one step of averages below Euler's."""
     found = distances(400)

@@ -320,7 +320,7 @@ for method, dtype in (("dopri5", torch.float64), ("bosh3", torch.float32), ("dop
 """
 
 
-@pytest.mark.parametrize("optimised", [False, True])
+@pytest.mark.parametrize("optimised", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_no_endless_loop_and_no_nan(optimised, capsys):
     """TD9, TD10, TD11: the library's guards are assertions; without them it ran on for ever on each of these."""
     if optimised:

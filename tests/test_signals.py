@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
+import time
 
 import pytest
 
@@ -58,6 +60,7 @@ def test_a_second_one_leaves_at_once(stderr):
         with Signals():
             os.kill(os.getpid(), signal.SIGUSR1)
             os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(20)
         os._exit(0)
     os.close(write)
     if stderr == "broken":
@@ -67,3 +70,29 @@ def test_a_second_one_leaves_at_once(stderr):
     if stderr == "open":
         assert b"a second signal" in os.read(read, 1000)
         os.close(read)
+
+
+def test_a_second_one_is_heard_while_python_waits_for_something_else():
+    """In a call that no signal ends, as a wait for another process may be."""
+    libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        with Signals():
+            libc.pthread_mutex_lock(mutex)
+            os.write(write, b"1")
+            libc.pthread_mutex_lock(mutex)  # waits for itself
+        os._exit(0)
+    assert os.read(read, 1) == b"1"
+    deadline = time.monotonic() + 20
+    ended = 0
+    while not ended and time.monotonic() < deadline:
+        os.kill(child, signal.SIGTERM)
+        time.sleep(0.3)
+        ended, status = os.waitpid(child, os.WNOHANG)
+    if not ended:
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGTERM
+    os.close(read)
+    os.close(write)

@@ -221,6 +221,21 @@ def test_a_failed_resume_changes_nothing(tmp_path):
     assert difference(before, tensors(other)) == 0 and other.state.step == 0
 
 
+@pytest.mark.parametrize("entry", ["window", "guard", "averages"])
+def test_scalars_that_cannot_be_change_nothing(entry, tmp_path):
+    """A state of right form and hash, whose inner parts are missing."""
+    trained(tmp_path, train={"stop_at": 5})
+    path = tmp_path / "checkpoints" / "step-000000005"
+    saved = checkpoints.read(path)
+    forged = {**saved.state, entry: {"other": 1}}
+    path = checkpoints.write(tmp_path / "forged", 5, checkpoints.Snapshot(saved.tensors, forged), checkpoints.Keep(1))
+    other = Trainer(configuration(tmp_path))
+    before = tensors(other)
+    with pytest.raises(CheckpointError, match="with scalars that cannot be"):
+        other.resume(path)
+    assert difference(before, tensors(other)) == 0 and other.state.step == 0 and not other.state.window.records
+
+
 def test_what_does_not_move_a_weight_may_change(tmp_path):
     """All free entries but the device count, which has a test of its own; the weights are those of the first run."""
     unbroken = trained(tmp_path, optim=SMOOTH)

@@ -149,7 +149,7 @@ def read_state(path: Path) -> dict[str, Any]:
     if (state.get("format"), state.get("step")) != (manifest.format, manifest.step):
         raise CheckpointError(f"got {STATE} of another step or format in {path}; use another checkpoint")
     if manifest.format == 1:
-        counters = {"passed": 0, "streak": 0, "rollbacks": 0}
+        counters = {"passed": 0, "streak": 0, "rollbacks": 0, "rolled_to": 0}
         updates = manifest.step - int(state.get("skipped", 0))
         # the means of the open window of the log were kept in another way: they are left out
         rest = {"averages": {"updates": updates}, "guard": {}, "window": {"names": [], "plain": None, "records": []}}

@@ -6,7 +6,7 @@ import gc
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -97,13 +97,17 @@ class Trainer:
             self._claimed = False
             folder.unlock()
 
-    def resume(self, checkpoint: Path) -> None:
+    def resume(self, checkpoint: Path, allow: Sequence[str] = ()) -> None:
         """Go on from a checkpoint; later ones in the run's folder are renamed ``superseded-…``.
+
+        Args:
+            checkpoint: its folder.
+            allow: see ``State.restore``.
 
         Raises:
             CheckpointError: it is damaged, or of another configuration; nothing has been changed then.
         """
-        self.state.restore(checkpoint)
+        self.state.restore(checkpoint, allow)
         self.agreement.first(lambda: leave_history_after(self.folder, self.state.step))
 
     def initialize_from(self, path: Path) -> None:
@@ -147,13 +151,19 @@ class Trainer:
             self._averages_writer = self._new_writer("averages", all_of_them) if c.ema.snapshot_every else None
             yield
         finally:
-            for writer in (self._writer, self._averages_writer):
+            self._close()
+
+    def _close(self) -> None:
+        """Close writers and log, each whatever the others raise."""
+        log, writers = self._log, (self._averages_writer, self._writer)
+        with ExitStack() as closing:  # from the last to the first
+            if log is not None:
+                closing.callback(log.close)
+            closing.callback(self._tell_failures)
+            for writer in writers:
                 if writer is not None:
-                    writer.close()
-            self._tell_failures()
-            if self._log is not None:
-                self._log.close()
-            self._log = self._writer = self._averages_writer = None
+                    closing.callback(writer.close)
+        self._log = self._writer = self._averages_writer = None
 
     def _open_history(self) -> None:
         """Set aside what another history of the folder has of later steps, and open the log; in the first process."""
@@ -290,16 +300,18 @@ class Trainer:
             DivergedError: there is none, or it has been gone back to too often.
         """
         state, limit = self.state, self.configuration.guard.max_rollbacks
-        tried, streak, count = state.step + state.passed, state.streak, state.rollbacks + 1
+        tried, streak = state.step + state.passed, state.streak
         self._wait()
         path = self.agreement.first(lambda: newest_good(self.folder))
+        again = path is not None and path == path_of(self.folder / "checkpoints", state.rolled_to)
+        count = state.rollbacks + 1 if again else 1
         why = f"{streak} steps in a row up to step {state.step} were skipped"
         if path is None or count > limit:
             dumped = self.agreement.first(lambda: dump(self.folder, state))
             where = "no checkpoint was written before" if path is None else f"going back {limit} times did not help"
             raise DivergedError(f"{why}, and {where}; look at their samples and times in {dumped}")
-        self.resume(path)
-        state.passed, state.rollbacks = tried - state.step, count
+        self.resume(path, allow=tuple(Configuration.model_fields))  # its own history, whatever was changed since
+        state.passed, state.rollbacks, state.rolled_to = tried - state.step, count, state.step
         if self._log is not None:
             self._log.rewind(state.step)
             warn(f"{why}; going on from {path.name} with the samples after them")
@@ -319,7 +331,7 @@ class Trainer:
                 drawn = sampling.draw_picture(self.parts, network)
                 if self.fabric.is_global_zero:
                     sampling.save_picture(drawn, self.folder, self.state.step)
-            except (PathlineError, OSError) as error:
+            except (PathlineError, OSError, torch.OutOfMemoryError) as error:
                 if self.fabric.is_global_zero:
                     warn(f"no picture at step {self.state.step}: {error}")
 

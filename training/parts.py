@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from pathline import backbones, data, interpolants, objectives, solvers
 from pathline.core.config import Configuration
@@ -135,6 +136,7 @@ def _cross_check(parts: Parts, problems: _Problems) -> int:
     if by_label and (not classes or getattr(backbone, "null_label", None) is None):
         problems.found.append("guidance: needs a backbone with classes and a null label; leave guidance out")
     problems.found += _missing_blocks(parts)
+    problems.found += _random_layers(backbone)
     labels = parts.configuration.sample.labels
     if classes and not isinstance(labels, str) and max([labels] if isinstance(labels, int) else labels) >= classes:
         problems.found.append(f"sample.labels: got {labels}, expected classes from 0 to {classes - 1}")
@@ -154,6 +156,16 @@ def _missing_blocks(parts: Parts) -> Iterator[str]:
             yield f"train.{name}: got {value} for a {kind} without blocks in a ModuleList; leave it out"
     if c.optim.name == "muon" and not matrices_of_blocks(backbone):
         yield f"optim.name: got muon for a {type(backbone).__name__} without a weight of nn.Linear in blocks; use adamw"
+
+
+def _random_layers(backbone: nn.Module) -> Iterator[str]:
+    """Yield what is wrong with layers that draw at random: no resume could repeat what they draw."""
+    for name, module in backbone.named_modules():
+        if isinstance(module, _DropoutNd) and module.p:
+            yield (
+                f"backbone: draws at random in {name} ({type(module).__name__}, p = {module.p:g}), which no resume "
+                "repeats; set p to 0: labels are dropped by the objective"
+            )
 
 
 def _check_objective(parts: Parts) -> int:

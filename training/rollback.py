@@ -28,5 +28,8 @@ def dump(folder: Path, state: State) -> Path:
     path = folder / f"diverged-step-{state.step:09d}.json"
     numbers = {name: getattr(state, name) for name in ("step", "passed", "streak", "skipped", "rollbacks")}
     known = incidents.read(folder)[-state.streak :]
-    path.write_text(json.dumps({**numbers, "guard": state.guard.state(), "incidents": known}, indent=1))
+    try:
+        path.write_text(json.dumps({**numbers, "guard": state.guard.state(), "incidents": known}, indent=1))
+    except OSError as error:  # that the run has diverged matters more
+        warn(f"{path} could not be written: {error}")
     return path

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ FREE = (
     "train.collect_garbage_every guard.rollback_after guard.max_rollbacks ema.snapshot_every "
     "log. checkpoint. solver. guidance sample."
 ).split()
-COUNTERS = ("step", "passed", "skipped", "streak", "rollbacks")
+COUNTERS = ("step", "passed", "skipped", "streak", "rollbacks", "rolled_to")
 MAPPINGS = ("scaler", "guard", "averages", "window", "configuration", "data")
 SCALARS: dict[str, type] = {**dict.fromkeys(COUNTERS, int), **dict.fromkeys(MAPPINGS, dict)}
 
@@ -54,7 +54,8 @@ class State:
         passed: batches that roll-backs left behind: they are not seen again.
         skipped: steps skipped up to the last row of the log.
         streak: skipped steps in a row up to the last row of the log, those of a shrinking loss scale aside.
-        rollbacks: roll-backs since the newest checkpoint that is good.
+        rollbacks: roll-backs in a row to the same checkpoint.
+        rolled_to: step of that checkpoint.
         module: the network as one calls it in training.
         network: the network itself.
     """
@@ -63,7 +64,7 @@ class State:
         configuration = parts.configuration
         train = configuration.train
         self.parts, self.fabric, self.agreement = parts, fabric, agreement
-        self.step = self.passed = self.skipped = self.streak = self.rollbacks = 0
+        self.step = self.passed = self.skipped = self.streak = self.rollbacks = self.rolled_to = 0
         self.network: nn.Module = parts.backbone.train()
         self.averages = Averages(self.network, configuration.ema)  # of the bare network
         if train.activation_checkpointing != "none":
@@ -93,14 +94,11 @@ class State:
 
     def snapshot(self) -> Snapshot:
         """Return the live tensors and the scalars of a checkpoint, the window having been read."""
-        good = not self.streak_now
-        if good:
-            self.rollbacks = 0
         scalars = {
             "version": __version__,
             **{name: getattr(self, name) for name in COUNTERS},
             "position": self.position,
-            "good": good,
+            "good": not self.streak_now,
             "scaler": self.fabric.strategy.precision.state_dict(),
             "guard": self.guard.state(),
             "averages": self.averages.state(),
@@ -126,8 +124,13 @@ class State:
         self.streak = self.streak_now
         self.window.clear()
 
-    def restore(self, path: Path) -> None:
+    def restore(self, path: Path, allow: Sequence[str] = ()) -> None:
         """Go on from a checkpoint; everything is checked before anything is written.
+
+        Args:
+            path: of the checkpoint.
+            allow: entries of the configuration that may differ from the checkpoint's, as ``optim.lr``; ``data`` is
+                also what the data set tells of itself.
 
         Raises:
             CheckpointError: it is damaged, of another configuration or data set, or of another network.
@@ -136,7 +139,8 @@ class State:
         wrong = [name for name, kind in SCALARS.items() if not isinstance(saved.get(name), kind)]
         if wrong:
             raise CheckpointError(f"got {path} without a usable {', '.join(wrong)}; use another checkpoint")
-        check_same_run(saved, self.parts, path)
+        check_same_run(saved, self.parts, path, allow)
+        self._check_scalars(saved, path)
         ours = self.tensors()
         theirs = {name: _read(path, name, tensors, self.agreement) for name, tensors in ours.items()}
         with torch.no_grad():
@@ -149,6 +153,16 @@ class State:
         self.guard.restore(saved["guard"])
         self.averages.restore(saved["averages"])
         self.window.restore(saved["window"])
+
+    def _check_scalars(self, saved: Mapping[str, Any], path: Path) -> None:
+        """Restore what is no tensor into objects that nobody keeps."""
+        settings = self.parts.configuration
+        try:
+            Guard(self.fabric.device, settings.guard).restore(saved["guard"])
+            Window(self.fabric, self.agreement, settings.log.time_bins).restore(saved["window"])
+            int(saved["averages"]["updates"])
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise CheckpointError(f"got {path} with scalars that cannot be ({error!r}); use another one") from error
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Return the live tensors by group and name."""
@@ -170,8 +184,11 @@ def _read(path: Path, group: str, ours: Mapping[str, Tensor], agreement: Agreeme
     return sharded.read_into(path / group, ours, agreement.group)
 
 
-def check_same_run(saved: Mapping[str, Any], parts: Parts, path: Path) -> None:
-    """Raise CheckpointError if the checkpoint's configuration or data differ in what the weights depend on."""
+def check_same_run(saved: Mapping[str, Any], parts: Parts, path: Path, allow: Sequence[str] = ()) -> None:
+    """Raise CheckpointError if the checkpoint's configuration or data differ in what the weights depend on.
+
+    Differences in what ``allow`` names, entries or whole sections, are none.
+    """
     before: Configuration = resolve(saved["configuration"])
     constant = parts.configuration.optim.schedule == "constant"  # only then is a longer run the same so far
     free = (*FREE, "train.steps") if constant else tuple(FREE)
@@ -189,10 +206,12 @@ def check_same_run(saved: Mapping[str, Any], parts: Parts, path: Path) -> None:
         for key in sorted(saved["data"].keys() | manifest.keys())
         if saved["data"].get(key) != manifest.get(key)
     ]
+    allowed = tuple(f"{name}{end}" for name in allow for end in (":", ".")) + ("the data's ",) * ("data" in allow)
+    changed = [line for line in changed if not line.startswith(allowed)]
     if changed:
         raise CheckpointError(
-            f"got {path} of another configuration; give these back their values, or start anew in another "
-            "train.folder:\n  " + "\n  ".join(changed)
+            f"got {path} of another configuration; give these back their values, start anew in another train.folder, "
+            "or name what may differ by --allow:\n  " + "\n  ".join(changed)
         )
 
 
