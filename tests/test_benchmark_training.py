@@ -117,7 +117,9 @@ def test_peak_memory_is_what_a_call_held_at_once(load):
         second = torch.ones(8 * 2**20)
         return first, second
 
-    assert 80 * 2**20 <= bench.peak_memory("cpu", run) < 88 * 2**20
+    # a forked process reads its program's pages anew, which counts as well
+    found = bench.peak_memory("cpu", run) - bench.peak_memory("cpu", lambda: torch.ones(2))
+    assert abs(found - 80 * 2**20) < 8 * 2**20
 
 
 def test_the_table_of_saves(load):

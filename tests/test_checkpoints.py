@@ -631,6 +631,7 @@ def test_format_1_is_read_as_todays(tmp_path):
         "passed": 0,
         "streak": 0,
         "rollbacks": 0,
+        "rolled_to": 0,
         "averages": {"updates": 5},
         "guard": {},
         "window": {"names": [], "plain": None, "records": []},

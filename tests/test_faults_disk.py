@@ -154,11 +154,11 @@ OTHERS = [
     Fault("folder deleted", at_steps({5: lambda: shutil.rmtree(RUN)}), failed=(), gone=("rows",)),
     Fault("folder deleted", at_steps({6: lambda: shutil.rmtree(RUN)}), failed=(), gone=("rows",), sections=BESIDE),
     *(
-        Fault(f"{error!r} raised once by {name}", sections=BESIDE, prepare=failing_once(owner, name, error, 2))
-        for owner, name, error in (
-            (writing.Writer, "_staged", MemoryError()),
-            (writing.Writer, "_staged", RuntimeError("DefaultCPUAllocator: not enough memory")),
-            (threading, "Thread", RuntimeError("can't start new thread")),
+        Fault(f"{error!r} raised once by {name}", sections=BESIDE, prepare=failing_once(owner, name, error, call))
+        for owner, name, error, call in (
+            (writing.Writer, "_staged", MemoryError(), 2),
+            (writing.Writer, "_staged", RuntimeError("DefaultCPUAllocator: not enough memory"), 2),
+            (threading, "Thread", RuntimeError("can't start new thread"), 3),  # the first thread waits for signals
         )
     ),
 ]
