@@ -196,9 +196,8 @@ def check_same_run(saved: Mapping[str, Any], parts: Parts, path: Path, allow: Se
     old, new = before.train, parts.configuration.train
     if parts.objective.mixes_samples and _cut(old) != _cut(new):
         changed.append(
-            "what the objective mixes, as all that is taken at once: train.micro_batch "
-            f"{old.micro_batch} on {old.devices * old.num_nodes} devices -> {new.micro_batch} on "
-            f"{new.devices * new.num_nodes}"
+            f"train.micro_batch: {old.micro_batch} on {old.devices * old.num_nodes} devices -> {new.micro_batch} on "
+            f"{new.devices * new.num_nodes}, and the objective mixes all that is taken at once"
         )
     manifest = parts.dataset.manifest
     changed += [
