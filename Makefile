@@ -15,8 +15,8 @@ train: .venv ## train a small DeepFlow on handwritten digits, draw samples, meas
 		sample.count=1000 sample.output=$(RUN)/euler-20-guided.npz
 	$(BIN)/python evaluate.py $(RUN)/heun-25.npz $(RUN)/euler-20-guided.npz
 
-test: .venv ## all tests not marked slow
-	$(BIN)/pytest
+test: .venv ## all tests not marked slow, file by file on two processes
+	$(BIN)/pytest --numprocesses=2 --dist=loadfile
 
 test-slow: .venv ## the tests marked slow, and property tests on 1,000 examples each
 	HYPOTHESIS_EXAMPLES=1000 $(BIN)/pytest -m "slow or property"
