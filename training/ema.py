@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from pathline.core.errors import InputError, UnknownNameError, suggest
 from pathline.core.sections import Ema
+from pathline.training.network import local
 
 __all__ = ["Averages", "exponent"]
 
@@ -52,7 +52,7 @@ class Averages:
         Raises:
             InputError: its parameters have other names or shapes than the tracks'.
         """
-        trained = {name: _local(p) for name, p in network.named_parameters()}
+        trained = {name: local(p) for name, p in network.named_parameters()}
         self._trained = list(trained.values())
         self._float32 = all(p.dtype == torch.float32 for p in self._trained)
         self._averaged = [self._paired(track, trained) for track in self.tracks.values()]
@@ -70,7 +70,7 @@ class Averages:
 
     def _paired(self, track: nn.Module, trained: Mapping[str, Tensor]) -> list[Tensor]:
         """Return the averaged tensors in the order of the trained ones; the fused update checks no shapes."""
-        averaged = {name: _local(p) for name, p in track.named_parameters()}
+        averaged = {name: local(p) for name, p in track.named_parameters()}
         ours, theirs = ({(name, *p.shape) for name, p in each.items()} for each in (averaged, trained))
         if ours != theirs:
             different = ", ".join(sorted({f"{name} {tuple(shape)}" for name, *shape in ours ^ theirs})[:4])
@@ -157,8 +157,3 @@ def exponent(length: float) -> float:
     """
     square = float(length) ** -2
     return float(np.roots([1.0, 7.0, 16.0 - square, 12.0 - square]).real.max())
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """Return this process's part of a tensor that may be cut up over several."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()

@@ -8,14 +8,15 @@ from types import MethodType
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from pathline.core.errors import ConfigurationError
 
-__all__ = ["checkpoint_activations", "compile_units", "shard", "units"]
+__all__ = ["checkpoint_activations", "compile_units", "local", "shard", "units"]
 
 # what selective checkpointing keeps: the results that cost most to compute again
 KEPT: set[Any] = {
@@ -101,3 +102,8 @@ def _found(network: nn.Module, entry: str) -> list[nn.Module]:
             f"{entry}: got a {type(network).__name__} without blocks in a ModuleList, expected some; leave it out"
         )
     return found
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this process's part of a tensor that may be cut up over several, without its graph."""
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()

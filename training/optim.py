@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
 from pathline.core.errors import ConfigurationError
 from pathline.core.sections import Optim
+from pathline.training.network import local
 
 __all__ = ["Optimizers", "learning_rate", "matrices_of_blocks"]
 
@@ -45,7 +45,7 @@ class Optimizers:
         if self._muon is not None:
             self.all.append(self._muon)
             momenta = [self._muon.state[p]["momentum_buffer"] for p in orthogonal]
-            self._undone = [_local(tensor) for tensor in (*orthogonal, *momenta)]
+            self._undone = [local(tensor) for tensor in (*orthogonal, *momenta)]
 
     def set_lr(self, lr: float) -> None:
         """Set the learning rate of the next step."""
@@ -166,11 +166,6 @@ def matrices_of_blocks(network: nn.Module) -> set[Tensor]:
     lists = [module for module in network.modules() if isinstance(module, nn.ModuleList)]
     inside = (module for blocks in lists for module in blocks.modules())
     return {module.weight for module in inside if isinstance(module, nn.Linear)}
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """Return this process's part of a tensor that may be cut up over several."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def learning_rate(settings: Optim, step: int, steps: int) -> float:

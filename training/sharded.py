@@ -33,6 +33,7 @@ from torch.futures import Future
 from pathline.core.errors import CheckpointError
 from pathline.training.checkpoints import Keep, Snapshot, check_tensors, finish, path_of, prune
 from pathline.training.manifest import SUFFIX, make_folder, problem, sync
+from pathline.training.network import local
 from pathline.training.together import alone, gathered, together
 from pathline.training.writing import Writer
 
@@ -155,7 +156,7 @@ class ShardedWriter(Writer):
         if not isinstance(held, DTensor) or (held.shape, held.dtype) != (tensor.shape, tensor.dtype):
             held = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
             self._copies[group, name] = held
-        _local(held).copy_(_local(tensor), non_blocking=tensor.is_cuda)
+        local(held).copy_(local(tensor), non_blocking=tensor.is_cuda)
         return held
 
     def _store(self, step: int, snapshot: Snapshot) -> None:
@@ -231,10 +232,6 @@ def _write(path: Path, tensors: Mapping[str, Tensor], header: dict[str, str]) ->
     except SafetensorError as error:
         raise OSError(f"{path}: {error}") from error
     sync(path)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def _like(folder: Path, templates: Mapping[str, Tensor]) -> dict[str, Tensor]:
