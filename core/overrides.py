@@ -1,4 +1,4 @@
-"""Configuration as text: YAML files and ``a.b.c=value`` words."""
+"""Configuration as text: YAML files, which may extend one another, and ``a.b.c=value`` words."""
 
 from __future__ import annotations
 
@@ -50,19 +50,52 @@ def parse(text: str) -> Any:
 def read(path: str | Path) -> dict[str, Any]:
     """Read a YAML file of sections.
 
+    ``extends: other.yaml``, relative to the file that says it, takes the sections of another file, which may extend one
+    in turn: what a file gives replaces what it extends, entry by entry. A component that is given another ``name``
+    replaces the whole component, since another component has other options; a list replaces the whole list.
+
     Raises:
-        ConfigurationError: no such file, not YAML, or not a mapping.
+        ConfigurationError: no such file, not YAML, not a mapping, or files that extend one another in a circle.
     """
-    path = Path(path)
+    return _read(Path(path), ())
+
+
+def _read(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
+    """Read a file and what it extends; ``chain`` names the files that led here, from the first on."""
+    way = " extends ".join(map(str, (*chain, path)))
+    place = f"got {path}" if not chain else f"in {way}: got {path}"
     if not path.is_file():
-        raise ConfigurationError(f"got no file at {path}, expected a configuration; see configs/")
+        raise ConfigurationError(f"got no file at {way}, expected a configuration; see configs/")
+    if path.resolve() in [before.resolve() for before in chain]:
+        raise ConfigurationError(f"got files that extend one another in a circle: {way}; take one extends out")
     try:
         content = parse(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
-        raise ConfigurationError(f"got {path}, which is no text in UTF-8: {error}; see configs/") from error
+        raise ConfigurationError(f"{place}, which is no text in UTF-8: {error}; see configs/") from error
+    except ConfigurationError as error:
+        raise ConfigurationError(f"in {way}: {error}") from error
     if not isinstance(content, dict):
-        raise ConfigurationError(f"got {path} with a {type(content).__name__} in it, expected sections")
-    return content
+        raise ConfigurationError(f"{place} with a {type(content).__name__} in it, expected sections")
+    if "extends" not in content:
+        return content
+    other = content.pop("extends")
+    if not isinstance(other, str) or not other:
+        raise ConfigurationError(f"{place} with extends: {other!r}, expected the name of one file")
+    merged: dict[str, Any] = _merged(_read(path.parent / other, (*chain, path)), content)
+    return merged
+
+
+def _merged(base: Any, given: Any) -> Any:
+    """Return ``base`` with what is given in its place; a bare name is a component without options."""
+    if isinstance(given, dict) and isinstance(base, str):
+        base = {"name": base}
+    elif isinstance(given, str) and isinstance(base, dict) and "name" in base:
+        given = {"name": given}
+    if not isinstance(given, dict) or not isinstance(base, dict):
+        return given
+    if base.get("name") is not None and given.get("name") not in (None, base["name"]):
+        return given
+    return {**base, **{key: _merged(base.get(key), value) for key, value in given.items()}}
 
 
 def apply(entries: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:

@@ -185,6 +185,93 @@ def test_no_file(tmp_path):
         load(tmp_path / "none.yaml")
 
 
+# --- files that extend others ---------------------------------------------------------------------------------------
+
+
+def write(folder: Path, **files: str) -> None:
+    for name, text in files.items():
+        path = folder / f"{name}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+def test_what_a_file_gives_replaces_what_it_extends_entry_by_entry(tmp_path):
+    write(
+        tmp_path,
+        base="train: {steps: 7, folder: runs/x}\noptim: {lr: 2e-4, betas: [0.8, 0.95]}\nlog: {every: 3}\n",
+        middle="extends: base.yaml\ntrain: {steps: 11}\noptim: {betas: [0.7, 0.9]}\n",
+        top="extends: middle.yaml\ntrain: {seed: 5}\nema: {decay: 0.9}\n",
+    )
+    assert overrides.read(tmp_path / "top.yaml") == {
+        "train": {"steps": 11, "folder": "runs/x", "seed": 5},
+        "optim": {"lr": 2e-4, "betas": [0.7, 0.9]},
+        "log": {"every": 3},
+        "ema": {"decay": 0.9},
+    }
+
+
+def test_a_file_is_found_beside_the_one_that_extends_it(tmp_path, monkeypatch):
+    write(tmp_path, base="train: {steps: 7}\n")
+    write(tmp_path / "deep", first="extends: ../base.yaml\n", second="extends: first.yaml\n")
+    for place, name in ((tmp_path.parent, f"{tmp_path.name}/deep/second.yaml"), (tmp_path / "deep", "second.yaml")):
+        monkeypatch.chdir(place)
+        assert overrides.read(name) == {"train": {"steps": 7}}
+
+
+@pytest.mark.parametrize(
+    ("base", "given", "merged"),
+    [
+        ("{name: heun, steps: 5}", "{steps: 3}", {"name": "heun", "steps": 3}),
+        ("{name: heun, steps: 5}", "{name: heun, end: 0.1}", {"name": "heun", "steps": 5, "end": 0.1}),
+        ("{name: heun, steps: 5}", "heun", {"name": "heun", "steps": 5}),
+        ("heun", "{steps: 5}", {"name": "heun", "steps": 5}),
+        ("{name: heun, steps: 5}", "{name: euler, end: 0.1}", {"name": "euler", "end": 0.1}),
+        ("{name: heun, steps: 5}", "euler", {"name": "euler"}),
+        ("heun", "{name: euler, steps: 3}", {"name": "euler", "steps": 3}),
+        (
+            "{name: heun, grid: {name: paper, last: 0.02}, steps: 5}",
+            "{grid: {name: shifted, shift: 2}}",
+            {"name": "heun", "grid": {"name": "shifted", "shift": 2}, "steps": 5},
+        ),
+        ("{name: heun, steps: 5}", "null", None),
+        ("[{name: cfg, scale: 2}, apg]", "[{scale: 3}]", [{"scale": 3}]),
+    ],
+)
+def test_a_component_of_another_name_replaces_the_whole_component(base, given, merged, tmp_path):
+    write(tmp_path, base=f"solver: {base}\n", top=f"extends: base.yaml\nsolver: {given}\n")
+    found = overrides.read(tmp_path / "top.yaml")["solver"]
+    assert ({"name": found} if isinstance(found, str) else found) == merged
+
+
+def test_a_file_that_extends_another_resolves_and_takes_words(tmp_path):
+    write(tmp_path, base=yaml.safe_dump(BASE), top="extends: base.yaml\nsolver: {name: heun, steps: 3}\n")
+    c = load(tmp_path / "top.yaml", ["solver.steps=11"])
+    assert c == resolve(entries("solver.name=heun", "solver.steps=11"))
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"top": "extends: none.yaml"}, "got no file at {0}/top.yaml extends {0}/none.yaml"),
+        ({"top": "extends: top.yaml"}, "in a circle: {0}/top.yaml extends {0}/top.yaml"),
+        (
+            {"top": "extends: b.yaml", "b": "extends: c.yaml", "c": "extends: ../{1}/b.yaml"},
+            "in a circle: {0}/top.yaml extends {0}/b.yaml extends {0}/c.yaml extends {0}/../{1}/b.yaml",
+        ),
+        ({"top": "extends: b.yaml", "b": "- 1"}, "in {0}/top.yaml extends {0}/b.yaml: got {0}/b.yaml with a list"),
+        ({"top": "extends: b.yaml", "b": "a: ["}, "in {0}/top.yaml extends {0}/b.yaml: got text that is not YAML"),
+        ({"top": "extends: [b.yaml]"}, "got {0}/top.yaml with extends: ['b.yaml'], expected the name of one file"),
+        ({"top": "extends: 3"}, "with extends: 3, expected the name"),
+        ({"top": "extends:"}, "with extends: None, expected the name"),
+    ],
+)
+def test_what_cannot_be_extended_is_named_with_the_way_to_it(files, said, tmp_path):
+    write(tmp_path, **{name: text.replace("{1}", tmp_path.name) for name, text in files.items()})
+    with pytest.raises(ConfigurationError) as error:
+        load(tmp_path / "top.yaml")
+    assert said.format(tmp_path, tmp_path.name) in str(error.value)
+
+
 # --- entries ---------------------------------------------------------------------------------------------------------
 
 
