@@ -91,6 +91,11 @@ class Rescheduled(BaseFlow):
         """See ``BaseFlow``."""
         return self.flow.nfe
 
+    @property
+    def block_evaluations(self) -> int | None:
+        """See ``BaseFlow``."""
+        return self.flow.block_evaluations
+
     def given(self, **conditions: Any) -> Rescheduled:
         """See ``BaseFlow``."""
         return Rescheduled(self.flow.given(**conditions), self.interpolant)
@@ -158,6 +163,12 @@ class SplitFlow(BaseFlow):
     def nfe(self) -> int:
         """Calls of both networks."""
         return sum(flow.nfe for flow in self._networks)
+
+    @property
+    def block_evaluations(self) -> int | None:
+        """Blocks of both networks; None if one does not tell."""
+        drift, noise = (flow.block_evaluations for flow in self._networks)
+        return None if drift is None or noise is None else drift + noise
 
     @property
     def bound(self) -> Conditions:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, cast
 
@@ -17,10 +18,23 @@ from pathline.core.checks import check_finite, check_labels, check_times
 from pathline.core.errors import InputError, InputTypeError
 from pathline.interpolants.base import Coefficients, Interpolant, Kind, broadcast, check_kinds
 
-__all__ = ["BaseFlow", "Flow", "Prediction", "check_path"]
+__all__ = ["BaseFlow", "Flow", "Prediction", "Spent", "check_path"]
 
 Conditions = Mapping[str, Any]
 Mix = Callable[[Tensor], Tensor]
+
+
+@dataclass
+class Spent:
+    """What was spent on a network so far.
+
+    Attributes:
+        calls: of the network, one on a doubled batch counted once.
+        blocks: transformer blocks that these calls ran.
+    """
+
+    calls: int = 0
+    blocks: int = 0
 
 
 class Prediction:
@@ -106,6 +120,15 @@ class BaseFlow(ABC):
     def nfe(self) -> int:
         """Network calls made so far; a guided call on a doubled batch is one."""
 
+    @property
+    def block_evaluations(self) -> int | None:
+        """Transformer blocks run so far, or None if the network does not tell its ``depth``.
+
+        A block of a call on a doubled batch counts once. Only the trunk's blocks count: not embeddings and heads, nor
+        what stands between blocks, as DeepFlow's VeRA.
+        """
+        return None
+
     @abstractmethod
     def evaluate(self, x: Tensor, t: Tensor, conditions: Conditions) -> Prediction:
         """Evaluate without checks: t (N,) on x's device, or () on the host. For loops; others call the flow."""
@@ -172,12 +195,23 @@ class Flow(BaseFlow):
         check_path(interpolant).check_conversion(predicts, predicts)
         self.backbone, self.interpolant, self.predicts = backbone, interpolant, predicts
         self._bound: dict[str, Any] = {}
-        self._calls = [0]
+        self._spent = Spent()
 
     @property
     def nfe(self) -> int:
         """Network calls made so far, those of bound copies included."""
-        return self._calls[0]
+        return self._spent.calls
+
+    @property
+    def block_evaluations(self) -> int | None:
+        """See ``BaseFlow``; those of bound copies included."""
+        return None if self.depth is None else self._spent.blocks
+
+    @property
+    def depth(self) -> int | None:
+        """Transformer blocks that one call of the network runs; None if it does not tell."""
+        depth = getattr(self.backbone, "depth", None)
+        return depth if isinstance(depth, int) else None
 
     @property
     def bound(self) -> Conditions:
@@ -187,7 +221,7 @@ class Flow(BaseFlow):
     def given(self, **conditions: Any) -> Flow:
         """Return this flow with conditions bound; those given later at a call go first."""
         bound = Flow(self.backbone, self.interpolant, self.predicts)
-        bound._bound, bound._calls = {**self._bound, **conditions}, self._calls
+        bound._bound, bound._spent = {**self._bound, **conditions}, self._spent
         return bound
 
     def check(self, x: Tensor, conditions: Conditions) -> None:
@@ -208,6 +242,26 @@ class Flow(BaseFlow):
 
     def evaluate(self, x: Tensor, t: Tensor, conditions: Conditions) -> Prediction:
         """Call the network in its own precision; the prediction comes back in x's."""
+        given = {**self._bound, **conditions}
+        (value,) = self.call(lambda x, t: (self.backbone(x, t, **given),), x, t, self.depth or 0)
+        return Prediction(value, x, t, self.interpolant, self.predicts)
+
+    def call(
+        self, network: Callable[[Tensor, Tensor], tuple[Tensor, ...]], x: Tensor, t: Tensor, blocks: int
+    ) -> tuple[Tensor, ...]:
+        """Make one network call, in the network's precision, and count it; return its values in x's.
+
+        For flows that call their backbone otherwise than as ``backbone(x, t, **conditions)``.
+
+        Args:
+            network: (x, t) -> values of x's shape; t comes as (N,), on x's device.
+            x: state, (N, *S).
+            t: times, (N,) or ().
+            blocks: transformer blocks that the call runs.
+
+        Raises:
+            InputError: a value of another shape than x.
+        """
         dtype, precision = self._network_types
         precision = precision or x.dtype
         if t.ndim == 0 and t.device.type == "cpu":
@@ -215,14 +269,15 @@ class Flow(BaseFlow):
         else:
             times = t.to(x.device, precision).expand(x.shape[0])
         given = x if dtype in (None, x.dtype) else x.to(dtype)
-        value: Tensor = self.backbone(given, times, **{**self._bound, **conditions})
-        if value.shape != given.shape:
-            raise InputError(
-                f"got a prediction of shape {tuple(value.shape)} from the backbone, expected {tuple(x.shape)}"
-            )
-        self._calls[0] += 1
-        value = value if value.dtype == x.dtype else value.to(x.dtype)
-        return Prediction(value, x, t, self.interpolant, self.predicts)
+        values = network(given, times)
+        for value in values:
+            if value.shape != given.shape:
+                raise InputError(
+                    f"got a prediction of shape {tuple(value.shape)} from the backbone, expected {tuple(x.shape)}"
+                )
+        self._spent.calls += 1
+        self._spent.blocks += blocks
+        return tuple(value if value.dtype == x.dtype else value.to(x.dtype) for value in values)
 
     @cached_property
     def _network_types(self) -> tuple[torch.dtype | None, torch.dtype | None]:

@@ -119,12 +119,13 @@ class Solver(ABC):
         seed = Draws.from_torch().seed if seed is None else Draws(seed).seed
         run = Run(flow.begin(), conditions, seed, ids, increments, progress, gradients=gradients)
         run.states = [] if trajectory else None
-        calls = flow.nfe
+        calls, blocks = flow.nfe, flow.block_evaluations
         with torch.set_grad_enabled(gradients):
             result = self.integrate(run, x.clone())
             if not bool(torch.isfinite(result).all()):
                 self._explain(flow, run, x)
-        return run.solution(result, flow.nfe - calls)
+        spent = flow.block_evaluations
+        return run.solution(result, flow.nfe - calls, None if spent is None or blocks is None else spent - blocks)
 
     @abstractmethod
     def integrate(self, run: Run, x: Tensor) -> Tensor:

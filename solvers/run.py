@@ -33,6 +33,8 @@ class Solution:
             times of its own.
         seed: of the noise drawn on the way; the same whether the solver draws any or not.
         trajectory: states at the grid points, both ends included, (steps + 1, N, *S); None unless asked for.
+        block_evaluations: transformer blocks that these calls ran, one of a call on a doubled batch counted once; None
+            if a network does not tell its ``depth``. What stands between blocks, as DeepFlow's VeRA, is not counted.
     """
 
     x: Tensor
@@ -40,6 +42,7 @@ class Solution:
     times: Tensor
     seed: int
     trajectory: Tensor | None = None
+    block_evaluations: int | None = None
 
 
 @dataclass
@@ -162,11 +165,11 @@ class Run:
         if self.careful and not bool(torch.isfinite(x).all()):
             raise SolverError("the state became NaN or infinite", t=t, step=number, nfe=len(self.times))
 
-    def solution(self, x: Tensor, nfe: int) -> Solution:
+    def solution(self, x: Tensor, nfe: int, block_evaluations: int | None = None) -> Solution:
         """Return the result with what was recorded."""
         states = None if self.states is None else torch.stack(self.states)
         if any(isinstance(t, Tensor) for t in self.times):
             times = torch.stack([t.double().cpu() for t in self.times if isinstance(t, Tensor)])
         else:
             times = torch.tensor(self.times, dtype=torch.float64)
-        return Solution(x, nfe, times, self.seed, states)
+        return Solution(x, nfe, times, self.seed, states, block_evaluations)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pathline.core.checks import check_labels
 from pathline.core.errors import InputError
-from pathline.core.flow import BaseFlow, Conditions, Mix, Prediction
+from pathline.core.flow import BaseFlow, Conditions, Mix, Prediction, Spent
 from pathline.interpolants.base import Interpolant, Kind, broadcast
 from pathline.interpolants.bridge import Stochastic
 from pathline.solvers.guidance.base import Moment, PairGuidance, Past
@@ -40,6 +40,11 @@ class GuidedFlow(BaseFlow):
     def nfe(self) -> int:
         """See ``BaseFlow``."""
         return self.flow.nfe
+
+    @property
+    def block_evaluations(self) -> int | None:
+        """See ``BaseFlow``."""
+        return self.flow.block_evaluations
 
     @property
     def bound(self) -> Conditions:
@@ -162,12 +167,18 @@ class WeakGuidedFlow(GuidedFlow):
             raise InputError(f"got a weak flow for samples of shape {tuple(theirs)}, expected {tuple(ours)}")
         if self._quantity:
             self.predicts = self._quantity
-        self._more = [0]
+        self._more = Spent()
 
     @property
     def nfe(self) -> int:
         """Calls of both networks."""
-        return self.flow.nfe + self._more[0]
+        return self.flow.nfe + self._more.calls
+
+    @property
+    def block_evaluations(self) -> int | None:
+        """Blocks of both networks; None if one does not tell."""
+        strong, weak = self.flow.block_evaluations, self.weak.block_evaluations
+        return None if strong is None or weak is None else strong + self._more.blocks
 
     def begin(self) -> Self:
         """See ``BaseFlow``."""
@@ -205,10 +216,11 @@ class WeakGuidedFlow(GuidedFlow):
         strong = self.flow.evaluate(x, t, conditions)
         if self.weak.backbone is self.backbone:  # it may answer in the same memory again
             strong = strong.mixed(torch.clone, x, t)
-        before = self.flow.nfe, self.weak.nfe
+        ours, theirs = _spent(self.flow), _spent(self.weak)
         weak = self.weak.evaluate(x, t, conditions)
-        shared = self.flow.nfe - before[0]  # calls of a network that both have in common
-        self._more[0] += self.weak.nfe - before[1] - shared
+        shared, made = _spent(self.flow), _spent(self.weak)  # shared by calls of a network that both have in common
+        self._more.calls += (made.calls - theirs.calls) - (shared.calls - ours.calls)
+        self._more.blocks += (made.blocks - theirs.blocks) - (shared.blocks - ours.blocks)
         return strong, weak
 
 
@@ -251,6 +263,10 @@ def _mixed(
     weak.mixed(note, x, t)
     values = iter(others)
     return strong.mixed(lambda value: mix(value, next(values)), x, t)
+
+
+def _spent(flow: BaseFlow) -> Spent:
+    return Spent(flow.nfe, flow.block_evaluations or 0)
 
 
 def _twice(value: Any, rows: int) -> Any:
