@@ -2,7 +2,8 @@
 
 from pathline.data.base import Batch, Dataset, registry
 from pathline.data.digits import Digits
+from pathline.data.latents import Latents
 
 register, build, names = registry.register, registry.build, registry.names
 
-__all__ = ["Batch", "Dataset", "Digits", "build", "names", "register", "registry"]
+__all__ = ["Batch", "Dataset", "Digits", "Latents", "build", "names", "register", "registry"]
