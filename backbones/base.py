@@ -26,11 +26,13 @@ class Backbone(nn.Module, ABC):
         num_classes: number of class labels, 0 if unconditional.
         null_label: the label that stands for none, or None if there is no such label.
         input_shape: S, or None for any.
+        depth: number of transformer blocks that one call runs, or None if it does not tell.
     """
 
     num_classes: int = 0
     null_label: int | None = None
     input_shape: tuple[int, ...] | None = None
+    depth: int | None = None
 
     def check_inputs(self, x: Tensor, t: Tensor, label: Tensor | None) -> None:
         """Check shapes and types, never values.

@@ -70,12 +70,12 @@ def initialize_linear(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def scalar_features(value: Tensor, count: int = 256) -> Tensor:
-    """Return cos then sin features of (N,) scalars, (N, count), in float32 or wider.
+def scalar_features(value: Tensor, count: int = 256, *, scale: float = 1.0) -> Tensor:
+    """Return cos then sin features of (N,) scalars times ``scale``, (N, count), in float32 or wider.
 
     Frequencies are 10000^(−i/(count/2)), i = 0 … count/2 − 1, as in DiT (arXiv:2212.09748).
     """
-    value = value.to(torch.promote_types(value.dtype, torch.float32))
+    value = value.to(torch.promote_types(value.dtype, torch.float32)) * scale
     half = count // 2
     frequencies = torch.exp(-math.log(10000) / half * torch.arange(half, dtype=value.dtype, device=value.device))
     angles = value[:, None] * frequencies
@@ -126,10 +126,16 @@ class PatchEmbedding(nn.Module):
 
 
 class ScalarEmbedding(nn.Module):
-    """Embed (N,) scalars, raw and unscaled: 256 features, Linear, SiLU, Linear, (N, D)."""
+    """Embed (N,) scalars: 256 features, Linear, SiLU, Linear, (N, D).
 
-    def __init__(self, width: int) -> None:
+    Args:
+        width: D.
+        scale: what the scalars are multiplied by before their features are made; 1 leaves them raw.
+    """
+
+    def __init__(self, width: int, scale: float = 1.0) -> None:
         super().__init__()
+        self.scale = scale
         self.hidden = nn.Linear(256, width)
         self.output = nn.Linear(width, width)
         for layer in (self.hidden, self.output):
@@ -138,7 +144,7 @@ class ScalarEmbedding(nn.Module):
 
     def forward(self, value: Tensor) -> Tensor:
         """Embed; features are made in float32 and cast to the layers' precision."""
-        features = scalar_features(value).to(self.hidden.weight.dtype)
+        features = scalar_features(value, scale=self.scale).to(self.hidden.weight.dtype)
         embedded: Tensor = self.output(functional.silu(self.hidden(features)))
         return embedded
 

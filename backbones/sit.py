@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, overload
 
@@ -69,6 +70,7 @@ class SiT(Trunk):
         num_classes: class labels 0 … num_classes − 1; num_classes is the null label; 0 for an unconditional network.
         mlp_ratio: width of a block's MLP over D.
         query_key_norm: normalise each head's queries and keys; off in the released weights.
+        time_scale: what t is multiplied by before its features are made; 1 as in SiT, 1000 as DiT's steps are counted.
         takes_gap: whether it takes the condition ``gap``, a length of time to look ahead, as ``mean-flow`` needs.
         align_layer: number of blocks, 1 … depth, after which tokens are projected to encoders' features, as the
             objective ``alignment`` needs; REPA's 8 (arXiv:2410.06940). None for no projectors.
@@ -92,6 +94,7 @@ class SiT(Trunk):
         num_classes: int = 1000,
         mlp_ratio: float = 4.0,
         query_key_norm: bool = False,
+        time_scale: float = 1.0,
         takes_gap: bool = False,
         align_layer: int | None = None,
         align_dims: Sequence[int] = (),
@@ -102,13 +105,15 @@ class SiT(Trunk):
         height_in, width_in = pair(input_size, "input_size")
         _check_sizes(width, heads, blocks, (height_in, width_in), patch_size, in_channels, num_classes)
         _check_alignment(align_layer, align_dims, align_width, blocks)
-        self.hidden_size, self.num_heads, self.patch_size = width, heads, patch_size
+        if not 0 < time_scale < math.inf:
+            raise InputError(f"got time_scale {time_scale}, expected a positive finite number")
+        self.hidden_size, self.num_heads, self.patch_size, self.depth = width, heads, patch_size, blocks
         self.num_classes, self.null_label = num_classes, num_classes or None
         self.input_shape = (in_channels, height_in, width_in)
         self.grid = (height_in // patch_size, width_in // patch_size)
         self.patches = PatchEmbedding(in_channels, patch_size, width)
         self.register_buffer("positions", position_table(width, *self.grid))
-        self.time = ScalarEmbedding(width)
+        self.time = ScalarEmbedding(width, time_scale)
         self.labels = LabelEmbedding(num_classes, width) if num_classes else None
         self.blocks = nn.ModuleList(
             Block(width, heads, mlp_ratio, query_key_norm=query_key_norm) for _ in range(blocks)

@@ -1,8 +1,9 @@
 """DeepFlow: deeply supervised flow transformers (arXiv:2503.14494). Importing it registers its components."""
 
-from pathline.plugins.deepflow.backbone import Branches, DeepFlow
+from pathline.plugins.deepflow.backbone import DeepFlow
+from pathline.plugins.deepflow.branches import Branches, Spoken
 from pathline.plugins.deepflow.objective import DeepFlowObjective
 from pathline.plugins.deepflow.refiner import VelocityRefiner
 from pathline.plugins.deepflow.weights import DeepFlowFamily
 
-__all__ = ["Branches", "DeepFlow", "DeepFlowFamily", "DeepFlowObjective", "VelocityRefiner"]
+__all__ = ["Branches", "DeepFlow", "DeepFlowFamily", "DeepFlowObjective", "Spoken", "VelocityRefiner"]
