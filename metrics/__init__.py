@@ -1,22 +1,30 @@
-"""Measures of generated samples, by name; feature spaces in ``metrics.features``."""
+"""Measures of generated samples, by name, in feature spaces of ``metrics.features``; of flows in ``metrics.models``."""
 
-from pathline.metrics import features
+from pathline.metrics import features, models
 from pathline.metrics.base import Metric, Real, Record, registry
+from pathline.metrics.feature_distance import FeatureDistance
 from pathline.metrics.frechet import Frechet
+from pathline.metrics.loss_by_time import LossByTime
+from pathline.metrics.models import ModelMetric, ModelRecord
 from pathline.metrics.neighbours import LabelAgreement, Memorisation, PrecisionRecall
 
 register, build, names = registry.register, registry.build, registry.names
 
 __all__ = [
+    "FeatureDistance",
     "Frechet",
     "LabelAgreement",
+    "LossByTime",
     "Memorisation",
     "Metric",
+    "ModelMetric",
+    "ModelRecord",
     "PrecisionRecall",
     "Real",
     "Record",
     "build",
     "features",
+    "models",
     "names",
     "register",
     "registry",

@@ -79,7 +79,7 @@ ALLOWED = {
     "core.weights": {"backbones"},
     "core.config": {"core", "interpolants", "backbones", "objectives", "solvers", "data"},
     "data": {"data"},
-    "metrics": {"metrics", "data"},
+    "metrics": {"metrics", "data", "interpolants", "solvers", "core.flow"},
 }
 
 
