@@ -23,7 +23,7 @@ from pathline.data.base import Batch, Dataset, Indices, as_indices, registry
 __all__ = ["Latents", "Packed"]
 
 _HEADER_LIMIT = 2**20  # bytes; a header of five tensors takes a few hundred
-_CHUNK = 4096  # rows that the statistics take at once
+_CHUNK = 256  # rows that the statistics take at once
 _FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 _INTEGERS = {"I32": torch.int32, "I64": torch.int64}
 _TYPES = _FLOATS | _INTEGERS
@@ -108,17 +108,18 @@ class Latents(Dataset):
     @cached_property
     def statistics(self) -> dict[str, Any]:
         """Mean and standard deviation of each channel, and the range; one pass over all values, when first asked."""
-        channels, (low, high) = self.shape[0], (math.inf, -math.inf)
-        count, mean, squares = 0, torch.zeros(channels, dtype=torch.float64), torch.zeros(channels, dtype=torch.float64)
+        means, squares, ends = [], [], []
         for start in range(0, len(self), _CHUNK):
             data = self.batch(range(start, min(start + _CHUNK, len(self))))["data"]
-            low, high = min(low, float(data.min())), max(high, float(data.max()))
-            values = data.transpose(0, 1).flatten(1).double()
-            # Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm", 1979: the sums of two parts
-            added, change = values.shape[1], values.mean(1) - mean
-            squares += values.var(1, correction=0) * added + change**2 * (count * added / (count + added))
-            mean, count = mean + change * (added / (count + added)), count + added
-        return {"mean": mean.tolist(), "std": (squares / max(count - 1, 1)).sqrt().tolist(), "range": [low, high]}
+            values = data.double().flatten(2)
+            ends += [float(end) for end in torch.aminmax(data)]
+            means.append(values.mean(2))
+            squares.append(values.sub_(means[-1].unsqueeze(2)).square_().sum(2))
+        # squares within the rows, and of the rows about their mean: sums of squares of values would lose digits
+        row, pixels = torch.cat(means), self.shape[1] * self.shape[2]
+        total = torch.cat(squares).sum(0) + pixels * (row - row.mean(0)).square().sum(0)
+        deviation = (total / max(len(self) * pixels - 1, 1)).sqrt()
+        return {"mean": row.mean(0).tolist(), "std": deviation.tolist(), "range": [min(ends), max(ends)]}
 
     @cached_property
     def manifest(self) -> dict[str, Any]:
