@@ -18,6 +18,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
+from torch.func import jvp
 
 from pathline.core.checks import check_times
 from pathline.core.errors import InputError, OpenEndError, UnknownNameError, suggest
@@ -111,6 +112,17 @@ class Interpolant(ABC):
         self._refuse_open_ends(check_times(t), self.rate_ends(), "velocity")
         _, _, alpha_rate, sigma_rate = self._expanded(data, noise, t)
         return alpha_rate * data + sigma_rate * noise
+
+    def acceleration(self, data: Tensor, noise: Tensor, t: Tensor | float, latent: Tensor | None = None) -> Tensor:
+        """Return d²x_t/dt² = α''·data + σ''·noise, shape (N, *S), the rates differentiated forward.
+
+        Raises:
+            OpenEndError: t at an end where it is infinite: see ``acceleration_ends``; else as ``interpolate``.
+        """
+        self._check_latent(data, latent)
+        self._refuse_open_ends(check_times(t), self.acceleration_ends(), "acceleration")
+        alpha, sigma = (broadcast(c, data) for c in _second_rates(self, _paired_times(data, noise, t)))
+        return alpha * data + sigma * noise
 
     def target(self, kind: str, data: Tensor, noise: Tensor, t: Tensor | float, latent: Tensor | None = None) -> Tensor:
         """Return what a network that predicts ``kind`` is trained to: the velocity, −noise/σ, the noise or the data.
@@ -230,6 +242,10 @@ class Interpolant(ABC):
         """List the ends (0.0, 1.0) at which a rate is infinite, and with it the velocity of a sample."""
         return tuple(t for t in _ENDS if not all(rate.isfinite() for rate in _at(self, t)))
 
+    def acceleration_ends(self) -> tuple[float, ...]:
+        """List the ends (0.0, 1.0) at which α'' or σ'' is infinite, and with it the acceleration of a sample."""
+        return _open_accelerations(self)
+
     def _check_latent(self, data: Tensor, latent: Tensor | None) -> None:
         if self.latent_noise != (latent is not None):
             advice = "draw one, (N, *S)" if self.latent_noise else "leave it out"
@@ -240,9 +256,7 @@ class Interpolant(ABC):
 
     def _expanded(self, first: Tensor, second: Tensor, t: Tensor | float) -> Coefficients:
         """Coefficients shaped to multiply ``first`` and ``second``, of one shape (N, *S)."""
-        if first.shape != second.shape:
-            raise InputError(f"got shapes {tuple(first.shape)} and {tuple(second.shape)}, expected equal ones")
-        times = check_times(t, len(first) if first.ndim else 0).to(first.device)
+        times = _paired_times(first, second, t)
         return Coefficients(*(broadcast(c, first) for c in self.evaluate(times)))
 
     def _refuse_open_ends(self, t: Tensor, ends: tuple[float, ...], what: str) -> None:
@@ -289,6 +303,25 @@ def check_kinds(*kinds: str) -> None:
     for kind in kinds:
         if kind not in KINDS:
             raise UnknownNameError(f"unknown prediction {kind!r}; {suggest(kind, KINDS)}")
+
+
+def _paired_times(first: Tensor, second: Tensor, t: Tensor | float) -> Tensor:
+    """Return checked times on the device of two tensors of one shape (N, *S)."""
+    if first.shape != second.shape:
+        raise InputError(f"got shapes {tuple(first.shape)} and {tuple(second.shape)}, expected equal ones")
+    return check_times(t, len(first) if first.ndim else 0).to(first.device)
+
+
+def _second_rates(path: Interpolant, t: Tensor) -> tuple[Tensor, Tensor]:
+    """Return α'' and σ'' in t's shape and precision."""
+    _, second, *_ = jvp(lambda t: tuple(path.evaluate(t)[2:]), (t,), (torch.ones_like(t),))
+    return second[0], second[1]
+
+
+@lru_cache(maxsize=256)
+def _open_accelerations(path: Interpolant) -> tuple[float, ...]:
+    found = ((t, _second_rates(path, torch.tensor(t, dtype=torch.float64))) for t in _ENDS)
+    return tuple(t for t, rates in found if not all(rate.isfinite() for rate in rates))
 
 
 def _at(path: Interpolant, t: float) -> Coefficients:

@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
+from torch.func import jvp
 
 from pathline.core.checks import check_times
 from pathline.core.errors import InputError
@@ -126,6 +127,15 @@ class Stochastic(TwoEnded):
         drift = super().velocity(data, noise, t, latent)
         return drift if latent is None else drift + self._spread(drift, t).gamma_rate * latent
 
+    def acceleration(self, data: Tensor, noise: Tensor, t: Tensor | float, latent: Tensor | None = None) -> Tensor:
+        """Return d²x_t/dt² with γ''·z."""
+        regular = super().acceleration(data, noise, t, latent)
+        return regular if latent is None else regular + self._spread_rate(regular, t) * latent
+
+    def acceleration_ends(self) -> tuple[float, ...]:
+        """See ``Interpolant``: a brownian γ'' is infinite at both ends."""
+        return (0.0, 1.0) if self.gamma == "brownian" else super().acceleration_ends()
+
     def target(self, kind: str, data: Tensor, noise: Tensor, t: Tensor | float, latent: Tensor | None = None) -> Tensor:
         """Return the velocity, its part ``drift``, z for ``noise``, or −z/γ for ``score``."""
         if kind == "drift":
@@ -184,6 +194,11 @@ class Stochastic(TwoEnded):
         low, high = super().training_interval(kind)
         ends = self.open_ends("velocity", "velocity") if kind == "velocity" else self.open_ends("noise", kind)
         return (max(low, 1e-3), min(high, 1 - 1e-3)) if ends else (low, high)
+
+    def _spread_rate(self, x: Tensor, t: Tensor | float) -> Tensor:
+        """Return γ'', shaped to multiply x."""
+        times = check_times(t, len(x)).to(x.device)
+        return broadcast(jvp(lambda t: self.latent(t).gamma_rate, (times,), (torch.ones_like(times),))[1], x)
 
     def _spread(self, x: Tensor, t: Tensor | float) -> Latent:
         times = check_times(t, len(x)).to(x.device)

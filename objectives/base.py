@@ -64,7 +64,7 @@ class Objective(ABC):
     predicts: ClassVar[str] = "velocity"
     """What a network trained by this objective predicts: for ``Flow``."""
 
-    differentiates_all: ClassVar[bool] = True
+    differentiates_all: bool = True
     """Whether gradients flow back through all of its network calls, so that a step costs three forward passes."""
 
     def __init__(
