@@ -55,7 +55,7 @@ class Spoken(NamedTuple):
             ("velocities", self.velocities, branches),
             ("accelerations", self.accelerations, accelerating),
         ):
-            known = all(isinstance(number, int) and 1 <= number <= largest for number in numbers)
+            known = all(type(number) is int and 1 <= number <= largest for number in numbers)
             if not known or list(numbers) != sorted(set(numbers)):
                 there = f"ascending, distinct branches of 1 … {largest}" if largest else "none: no branch has one"
                 raise InputError(f"got {name} {tuple(numbers)} in spoken, expected {there}")
