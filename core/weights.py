@@ -1,79 +1,72 @@
-"""State dictionaries of other programs, turned into ours and back.
+"""State dictionaries of other programs, read, recognised, turned into ours and back.
 
-A family is a released layout with a name, a way to recognise it, and a clock. The core knows ``sit``; plugins add
-theirs.
+A family is a released layout with a name, a way to recognise it, and a clock. The core knows ``sit``, ``dit`` and
+``repa``; plugins add theirs. ``network(read("released.pt"), "sit")`` is a backbone on our clock.
 """
 
 from __future__ import annotations
 
-import re
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 from torch import Tensor, nn
 
 from pathline.backbones.base import Backbone
+from pathline.backbones.base import registry as backbones
+from pathline.backbones.clocks import Clocked, ReversedClock
 from pathline.core.errors import WeightsError
-from pathline.core.registry import Registry
-
-__all__ = ["TRUNK_KEYS", "SiTFamily", "WeightFamily", "convert", "registry", "rename", "reverse_clock", "swapped"]
-
-State = Mapping[str, Tensor]
-Keys = tuple[tuple[str, str], ...]
-
-TRUNK_KEYS: Keys = (
-    ("pos_embed", "positions"),
-    ("x_embedder.proj.", "patches.projection."),
-    ("t_embedder.mlp.0.", "time.hidden."),
-    ("t_embedder.mlp.2.", "time.output."),
-    ("y_embedder.embedding_table.", "labels."),
-    ("blocks.{}.attn.qkv.", "blocks.{}.attention.query_key_value."),
-    ("blocks.{}.attn.proj.", "blocks.{}.attention.output."),
-    ("blocks.{}.attn.q_norm.", "blocks.{}.attention.query_norm."),
-    ("blocks.{}.attn.k_norm.", "blocks.{}.attention.key_norm."),
-    ("blocks.{}.mlp.fc1.", "blocks.{}.mlp.hidden."),
-    ("blocks.{}.mlp.fc2.", "blocks.{}.mlp.output."),
-    ("blocks.{}.adaLN_modulation.1.", "blocks.{}.modulation.linear."),
+from pathline.core.families import DiTFamily, REPAFamily, SiTFamily
+from pathline.core.foreign import read
+from pathline.core.layouts import (
+    DEFECTS,
+    TRUNK_KEYS,
+    Defect,
+    Facts,
+    Keys,
+    State,
+    WeightFamily,
+    listed,
+    registry,
+    rename,
+    swapped,
 )
-"""Trunk of SiT, DiT and DeepFlow: the beginning of their key and of ours; ``{}`` stands for a number."""
+
+__all__ = [
+    "DEFECTS",
+    "TRUNK_KEYS",
+    "Defect",
+    "DiTFamily",
+    "Facts",
+    "FamilySpec",
+    "Keys",
+    "REPAFamily",
+    "SiTFamily",
+    "State",
+    "WeightFamily",
+    "component",
+    "convert",
+    "describe",
+    "load",
+    "network",
+    "read",
+    "recognise",
+    "registry",
+    "rename",
+    "reverse_clock",
+    "swapped",
+]
+
+FamilySpec = str | Mapping[str, Any] | WeightFamily
+POSITIONS, POSITION_TOLERANCE = "pos_embed", 1e-3
 
 
-class WeightFamily(ABC):
-    """A released layout of weights.
-
-    Attributes:
-        clock: ``data-first`` if its networks take t = 0 as data, as ours do; ``noise-first`` if as noise, in which
-            case the converted network is used through ``reverse_clock``.
-    """
-
-    clock: ClassVar[Literal["data-first", "noise-first"]]
-
-    @abstractmethod
-    def matches(self, state: State) -> bool:
-        """Whether a state dictionary is of this layout."""
-
-    @abstractmethod
-    def to_pathline(self, state: State) -> dict[str, Tensor]:
-        """Turn the family's layout into ours."""
-
-    @abstractmethod
-    def from_pathline(self, state: State) -> dict[str, Tensor]:
-        """Turn ours into the family's layout."""
-
-
-registry: Registry[WeightFamily] = Registry("weight family", "weights", WeightFamily)
-
-
-def convert(
-    state_dict: State, family: str | WeightFamily | None = None, *, to: str | WeightFamily | None = None
-) -> dict[str, Tensor]:
+def convert(state_dict: State, family: FamilySpec | None = None, *, to: FamilySpec | None = None) -> dict[str, Tensor]:
     """Turn a family's state dictionary into ours, or ours into a family's.
 
     Args:
         state_dict: weights by name.
         family: name of the layout that ``state_dict`` has; None recognises it.
-        to: name of the layout wanted, if ``state_dict`` is ours.
+        to: name of the layout wanted, if ``state_dict`` is ours; with options as ``{"name": "sit", "sigma": True}``.
 
     Returns:
         A new dictionary; tensors that need no change are shared.
@@ -85,92 +78,135 @@ def convert(
         if family is not None:
             raise WeightsError(f"got family {family!r} and to {to!r}; give the one that is not pathline's own layout")
         return registry.build(to).from_pathline(state_dict)
+    return (_only_match(state_dict) if family is None else registry.build(family)).to_pathline(state_dict)
+
+
+def recognise(state_dict: State, family: FamilySpec | None = None) -> WeightFamily:
+    """Return the family of weights that are to be used, not only renamed.
+
+    Args:
+        state_dict: in the family's layout.
+        family: its name; None recognises those that their keys tell.
+
+    Raises:
+        WeightsError: unknown keys, or keys that several families have, whose clocks differ.
+    """
     if family is not None:
-        return registry.build(family).to_pathline(state_dict)
-    matching = [name for name in registry.names() if registry.build(name).matches(state_dict)]
-    if len(matching) != 1:
+        return registry.build(family)
+    found = _only_match(state_dict)
+    others = [name for name in registry.names() if registry.build(name).keys_of == found.name]
+    if others:
         raise WeightsError(
-            f"got weights that match {matching or 'no known family'}; name one of {', '.join(registry.names())}"
+            f"got weights with the keys of {', '.join((found.name, *others))}, which differ in their clocks alone; "
+            "name the family: weights.family"
         )
-    return registry.build(matching[0]).to_pathline(state_dict)
+    return found
 
 
-class _ReversedClock(Backbone):
-    def __init__(self, backbone: nn.Module) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.num_classes = getattr(backbone, "num_classes", 0)
-        self.null_label = getattr(backbone, "null_label", None)
-        self.input_shape = getattr(backbone, "input_shape", None)
+def describe(state_dict: State, family: FamilySpec | None = None, **given: Any) -> dict[str, Any]:
+    """Return the backbone that weights are of, as ``{"name": "sit", "hidden_size": 1152, …}``.
 
-    def forward(self, x: Tensor, t: Tensor, **conditions: Any) -> Tensor:
-        predicted: Tensor = self.backbone(x, 1 - t, **conditions)
-        return -predicted
+    Args:
+        state_dict: in the family's layout.
+        family: see ``recognise``.
+        given: options that the weights do not tell, as ``num_heads`` of an unusual width, or ``clamp_gap``.
+
+    Raises:
+        WeightsError: an option that the weights do not tell is not given; names all of them.
+    """
+    layout = recognise(state_dict, family)
+    options, unknown = layout.facts(state_dict)
+    asked = [f"backbone.{name} ({why})" for name, why in unknown.items() if name not in given]
+    if asked:
+        raise WeightsError(f"got {layout.name} weights, which do not tell all; give {', '.join(asked)}")
+    return {**options, **given}
+
+
+def component(state_dict: State, family: FamilySpec | None = None, **given: Any) -> dict[str, Any]:
+    """Return what ``describe`` does, within the wrapper that turns the family's clock into ours."""
+    layout = recognise(state_dict, family)
+    inner = describe(state_dict, layout, **given)
+    return inner if layout.wrapper is None else {"name": layout.wrapper, "backbone": inner}
+
+
+def network(state_dict: State, family: FamilySpec | None = None, **given: Any) -> nn.Module:
+    """Build the network of weights, on our clock, with the weights in it, in evaluation mode.
+
+    Args:
+        state_dict: see ``describe``.
+        family: see ``recognise``.
+        given: see ``describe``.
+
+    Raises:
+        WeightsError: see ``describe`` and ``load``.
+    """
+    layout = recognise(state_dict, family)
+    built = backbones.build(component(state_dict, layout, **given))
+    load(built, state_dict, layout)
+    return built.eval()
+
+
+def load(backbone: nn.Module, state_dict: State, family: FamilySpec | None = None) -> None:
+    """Fill a backbone with a family's weights; a wrapper's clock is passed through.
+
+    The position table is not taken but compared: it is a formula, which averaging rounds.
+
+    Args:
+        backbone: of the network that the weights are of.
+        state_dict: in the family's layout, of any floating-point type.
+        family: see ``recognise``.
+
+    Raises:
+        WeightsError: missing, unexpected or mis-shaped entries, all in one; or positions that differ by over 1e-3.
+    """
+    layout = recognise(state_dict, family)
+    inner = backbone.backbone if isinstance(backbone, Clocked) else backbone
+    own = inner.state_dict()
+    wanted, given = layout.current(layout.from_pathline(own)), layout.current(state_dict)
+    problems = _differences(wanted, given)
+    if problems:
+        raise WeightsError(
+            "\n  ".join((f"got {layout.name} weights that do not fit the backbone; check its options:", *problems))
+        )
+    table = {POSITIONS: wanted[POSITIONS]} if POSITIONS in wanted else {}
+    inner.load_state_dict(layout.to_pathline({**given, **table}))
 
 
 def reverse_clock(backbone: nn.Module) -> Backbone:
     """Wrap a velocity network whose clock runs from noise (0) to data (1), as SiT's, as −net(x, 1 − t)."""
-    return _ReversedClock(backbone)
+    return ReversedClock(backbone=backbone)
 
 
-def rename(state: State, keys: Keys, family: str) -> dict[str, Tensor]:
-    """Give every key the other beginning that ``keys`` names for its own.
-
-    Raises:
-        WeightsError: keys that begin like none of them; lists the first eight.
-    """
-    patterns = [(re.compile(re.escape(old).replace(r"\{\}", r"(\d+)")), new) for old, new in keys]
-    renamed: dict[str, Tensor] = {}
-    unknown = []
-    for key, value in state.items():
-        for pattern, new in patterns:
-            if found := pattern.match(key):
-                renamed[new.format(*found.groups()) + key[found.end() :]] = value
-                break
-        else:
-            unknown.append(key)
-    if unknown:
-        raise WeightsError(f"got keys that {family} weights do not have: {', '.join(unknown[:8])}; check the family")
-    return renamed
+def _only_match(state: State) -> WeightFamily:
+    families = {name: registry.build(name) for name in registry.names()}
+    matching = [name for name, family in families.items() if family.matches(state)]
+    if len(matching) != 1:
+        known = sorted(families, key=lambda name: families[name].keys_of is not None)
+        raise WeightsError(f"got weights that match {matching or 'no known family'}; name one of {', '.join(known)}")
+    return families[matching[0]]
 
 
-def swapped(keys: Keys) -> Keys:
-    """Turn (theirs, ours) into (ours, theirs)."""
-    return tuple((ours, theirs) for theirs, ours in keys)
-
-
-_SIT_KEYS: Keys = (
-    *TRUNK_KEYS,
-    ("final_layer.linear.", "head.linear."),
-    ("final_layer.adaLN_modulation.1.", "head.modulation.linear."),
-)
-
-
-@registry.register("sit")
-class SiTFamily(WeightFamily):
-    """SiT (willisma/SiT): its sigma channels, which nothing samples with, are dropped, and not written back."""
-
-    clock = "noise-first"
-
-    def matches(self, state: State) -> bool:
-        """Whether the trunk has one head and no branches."""
-        return "final_layer.linear.weight" in state and "x_embedder.proj.weight" in state
-
-    def to_pathline(self, state: State) -> dict[str, Tensor]:
-        """Rename the keys and keep the first C of each patch position's channels."""
-        renamed = rename(state, _SIT_KEYS, "sit")
-        heads = ("head.linear.weight", "head.linear.bias")
-        missing = [name for name in ("patches.projection.weight", *heads) if name not in renamed]
-        if missing:
-            raise WeightsError(f"got sit weights without what becomes {', '.join(missing)}; check the family")
-        channels, patch = renamed["patches.projection.weight"].shape[1:3]
-        for name in heads:
-            value = renamed[name]
-            if len(value) not in (patch**2 * channels, 2 * patch**2 * channels):
-                raise WeightsError(f"got a head of {len(value)} rows, expected {patch**2 * channels} or twice as many")
-            renamed[name] = value.reshape(patch**2, -1, *value.shape[1:])[:, :channels].flatten(0, 1)
-        return renamed
-
-    def from_pathline(self, state: State) -> dict[str, Tensor]:
-        """Rename the keys; the head is that of a model without sigma channels."""
-        return rename(state, swapped(_SIT_KEYS), "pathline's sit")
+def _differences(wanted: State, given: State) -> list[str]:
+    """List what is missing, unexpected, of another shape or type, and positions that are others."""
+    missing = [key for key in wanted if key not in given and key != POSITIONS]
+    unexpected = [key for key in given if key not in wanted]
+    shapes, types = [], []
+    for key in wanted.keys() & given.keys():
+        if given[key].shape != wanted[key].shape:
+            shapes.append(f"{key} {tuple(given[key].shape)}, expected {tuple(wanted[key].shape)}")
+        elif not given[key].is_floating_point():
+            types.append(f"{key} {given[key].dtype}")
+    kinds = {
+        "missing": missing,
+        "unexpected": unexpected,
+        "of another shape": sorted(shapes),
+        "not floating-point": sorted(types),
+    }
+    problems = [f"{kind} ({len(found)}): {listed(found)}" for kind, found in kinds.items() if found]
+    if not shapes and not types and POSITIONS in wanted and POSITIONS in given:
+        away = float((given[POSITIONS].double() - wanted[POSITIONS].double()).abs().max())
+        if not away <= POSITION_TOLERANCE:  # NaN is not
+            problems.append(
+                f"{POSITIONS} differs by {away:.2g} from the sine–cosine table, more than {POSITION_TOLERANCE:g}"
+            )
+    return problems

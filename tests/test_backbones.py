@@ -26,10 +26,15 @@ TOY = {
         cuts=(1, 2),
         acceleration_width=10,
     ),
+    "reversed-clock": {},
+    "dit-clock": {},
 }
+CLOCKS = ("reversed-clock", "dit-clock")  # wrap another backbone
 
 
 def toy(name, **changes):
+    if name in CLOCKS:
+        return backbones.build(name, backbone={"name": "sit", **TOY["sit"], **changes})
     return backbones.build(name, **{**TOY[name], **changes})
 
 
@@ -233,6 +238,8 @@ BUILT = {
         dict(**SMALL, num_classes=4, takes_gap=True, align_layer=1, align_dims=(5,)),
     ],
     "deepflow": [dict(**SMALL, num_classes=4, acceleration_width=8), dict(**SMALL, num_classes=0, cuts=())],
+    "reversed-clock": [dict(backbone=dict(name="sit", **SMALL, num_classes=4))],
+    "dit-clock": [dict(backbone=dict(name="sit", **SMALL, num_classes=4))],
 }
 
 

@@ -76,9 +76,14 @@ ALLOWED = {
     "objectives": {"objectives", "interpolants"},
     "solvers": {"solvers", "interpolants", "core.flow"},
     "core.flow": {"interpolants"},
-    "core.weights": {"backbones"},
-    "core.config": {"core", "interpolants", "backbones", "objectives", "solvers", "data"},
+    "core.weights": {"backbones", "core.families", "core.foreign", "core.layouts"},
+    "core.families": {"core.layouts"},
+    "core.foreign": set(),
+    "core.layouts": {"backbones"},
+    "core.config": {"core", "interpolants", "backbones", "objectives", "solvers", "data", "encoders"},
     "data": {"data"},
+    "encoders": {"encoders", "data"},
+    "encoders.cache": {"encoders", "data", "core.config"},
     "metrics": {"metrics", "data", "interpolants", "solvers", "core.flow"},
 }
 

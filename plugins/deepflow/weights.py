@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
+import re
+from typing import ClassVar
+
 from torch import Tensor
 
-from pathline.core.weights import TRUNK_KEYS, State, WeightFamily, registry, rename, swapped
+from pathline.core.errors import WeightsError
+from pathline.core.layouts import (
+    DEFECTS,
+    TRUNK_KEYS,
+    Defect,
+    Facts,
+    Keys,
+    State,
+    WeightFamily,
+    distinct,
+    matched,
+    registry,
+    rename,
+    size,
+    swapped,
+    trunk_facts,
+)
 
 __all__ = ["DeepFlowFamily"]
 
-_KEYS = (
+_KEYS: Keys = (
     *((theirs, f"trunk.{ours}") for theirs, ours in TRUNK_KEYS),
     ("final_layer.0.linear.", "middle_head.linear."),
     ("final_layer.0.adaLN_modulation.1.", "middle_head.modulation.linear."),
@@ -25,19 +44,23 @@ _KEYS = (
     ("df_blocks.{}.cross_attention.multihead_attn.in_proj_", "refiners.{}.cross_space.query_key_value."),
     ("df_blocks.{}.cross_attention.multihead_attn.out_proj.", "refiners.{}.cross_space.output."),
     ("df_blocks.{}.cross_attention.layer_norm.", "refiners.{}.cross_space.norm."),
-    ("projectors.{}.", "projectors.{}.0."),
+    ("projectors.{}.{}.", "projectors.{}.{}."),
 )
 
 
 @registry.register("deepflow")
 class DeepFlowFamily(WeightFamily):
-    """DeepFlow (ByteDance-Seed/DeepFlow), with alignment to one encoder or none.
+    """DeepFlow (ByteDance-Seed/DeepFlow), with alignment to one encoder, several or none.
 
-    The weights do not tell whether the gap's scale was clamped: build the backbone with ``clamp_gap=True`` for those
-    released with alignment.
+    Its projectors stand in one row, those of the first VeRA block first. The weights do not tell whether the gap's
+    scale was clamped, and where the cuts are: even, unless given.
     """
 
     clock = "data-first"
+    defects: ClassVar[dict[str, Defect]] = {
+        **{name: DEFECTS[name] for name in ("random-labels", "null-label-1000")},
+        "clamped-gap": Defect("backbone.clamp_gap", True, "limits the gap's scale to ±5 where it aligns features"),
+    }
 
     def matches(self, state: State) -> bool:
         """Whether there are VeRA blocks."""
@@ -45,8 +68,52 @@ class DeepFlowFamily(WeightFamily):
 
     def to_pathline(self, state: State) -> dict[str, Tensor]:
         """Rename the keys; every tensor keeps its shape."""
-        return rename(state, _KEYS, "deepflow")
+        return rename(_by_cut(state), _KEYS, "deepflow")
 
     def from_pathline(self, state: State) -> dict[str, Tensor]:
-        """Rename the keys back; only the first encoder's projectors have a place in the layout."""
-        return rename(state, swapped(_KEYS), "pathline's deepflow")
+        """Rename the keys back."""
+        return _in_a_row(rename(state, swapped(_KEYS), "pathline's deepflow"))
+
+    def facts(self, state: State) -> Facts:
+        """Tell the options of the backbone ``deepflow``."""
+        ours = matched(_by_cut(state), _KEYS)[0]
+        options, unknown = trunk_facts(ours, "trunk.")
+        branches, depth = distinct(ours, "refiners.") + 1, options["depth"]
+        if depth % branches:
+            unknown["cuts"] = f"{branches} branches do not divide {depth} blocks evenly"
+        else:
+            options["cuts"] = [depth * i // branches for i in range(1, branches)]
+        unknown["clamp_gap"] = "true for the weights released with alignment, false for the others"
+        options["acceleration_width"] = size(ours, "refiners.0.acceleration.0.weight")[0]
+        encoders = distinct(ours, "projectors.0.")
+        if encoders:
+            options["align_dims"] = [size(ours, f"projectors.0.{i}.4.weight")[0] for i in range(encoders)]
+            options["align_width"] = size(ours, "projectors.0.0.0.weight")[0]
+        return Facts({"name": "deepflow", **options}, unknown)
+
+
+def _by_cut(state: State) -> dict[str, Tensor]:
+    """Number projectors by cut and encoder in place of one row.
+
+    Raises:
+        WeightsError: not as many for every cut.
+    """
+    cuts, row = distinct(state, "df_blocks."), distinct(state, "projectors.")
+    if row and (not cuts or row % cuts):
+        raise WeightsError(f"got {row} projectors at {cuts} VeRA blocks, expected as many at each; check the file")
+
+    def named(found: re.Match[str]) -> str:
+        cut, encoder = divmod(int(found[1]), row // cuts)
+        return f"projectors.{cut}.{encoder}."
+
+    return {re.sub(r"^projectors\.(\d+)\.", named, key): value for key, value in state.items()}
+
+
+def _in_a_row(state: State) -> dict[str, Tensor]:
+    """Number projectors in one row in place of by cut and encoder."""
+    encoders = distinct(state, "projectors.0.")
+
+    def named(found: re.Match[str]) -> str:
+        return f"projectors.{int(found[1]) * encoders + int(found[2])}."
+
+    return {re.sub(r"^projectors\.(\d+)\.(\d+)\.", named, key): value for key, value in state.items()}
