@@ -189,9 +189,9 @@ class ModelMetric(ABC):
             self._add(*self.measure(flow, data.to(device), sent, draws))
 
     def _add(self, times: Tensor, rows: Mapping[str, Tensor]) -> None:
-        values = torch.stack([row.double().cpu() for row in rows.values()], dim=1)
+        values = torch.stack([row.cpu().double() for row in rows.values()], dim=1)
         check_finite(values, f"what {self.metric} measured")
-        self._combine(times.double().cpu(), tuple(rows), Averages(values), Averages(values.mean(2)))
+        self._combine(times.cpu().double(), tuple(rows), Averages(values), Averages(values.mean(2)))
 
     def merge(self, other: Self) -> None:
         """Take in what another metric of the same kind and options has taken in.
@@ -237,17 +237,23 @@ class ModelMetric(ABC):
 
         record = self.compute()
         for i, row in enumerate(record.rows):
-            along = colormaps["viridis"](i / max(1, len(record.rows) - 1))
+            along = colormaps["viridis"](0.9 * i / max(1, len(record.rows) - 1))  # its end is too pale for a line
             colour = along if self.ordered else COLOURS[i % len(COLOURS)]
+            style = "-" if self.ordered or i % 2 == 0 else "--"  # rows may lie on one another
             low, high = ([m + sign * e for m, e in zip(row.means, row.errors, strict=True)] for sign in (-1, 1))
-            axes.plot(record.times, row.means, color=colour, linewidth=1.3, label=f"{row.name} ({row.mean:.3g})")
+            label = f"{row.name} ({row.mean:.3g})"
+            axes.plot(record.times, row.means, color=colour, linewidth=1.3, linestyle=style, label=label)
             axes.fill_between(record.times, low, high, color=colour, alpha=0.2, linewidth=0)
+        values = [mean for row in record.rows for mean in row.means]
+        if min(values) > 0 and max(values) > 20 * min(values):
+            axes.set_yscale("log")
         axes.set_title(self.title, loc="left", fontweight="bold")
-        axes.set_title(f"{record.count} samples", loc="right", color="0.4")
+        axes.set_title(f"{record.count} samples", loc="right", fontsize="small", color="0.4")
         axes.set_xlabel("t (0 is data, 1 is noise)", color="0.4")
         axes.set_ylabel(self.unit, color="0.4")
         axes.set_xlim(0, 1)
-        axes.legend(title="mean over t", fontsize=7, title_fontsize=7, framealpha=0.7, edgecolor="none")
+        columns = 1 + len(record.rows) // 10
+        axes.legend(title="mean over t", fontsize=7, title_fontsize=7, ncols=columns, framealpha=0.7, edgecolor="none")
         axes.tick_params(colors="0.4")
         axes.grid(color="0.92")
         axes.spines[["top", "right"]].set_visible(False)

@@ -2,8 +2,20 @@
 
 from pathline.plugins.deepflow.backbone import DeepFlow
 from pathline.plugins.deepflow.branches import Branches, Spoken
+from pathline.plugins.deepflow.measures import AccelerationError, BranchCosine, BranchLosses, ExtrapolationError
 from pathline.plugins.deepflow.objective import DeepFlowObjective
 from pathline.plugins.deepflow.refiner import VelocityRefiner
 from pathline.plugins.deepflow.weights import DeepFlowFamily
 
-__all__ = ["Branches", "DeepFlow", "DeepFlowFamily", "DeepFlowObjective", "Spoken", "VelocityRefiner"]
+__all__ = [
+    "AccelerationError",
+    "BranchCosine",
+    "BranchLosses",
+    "Branches",
+    "DeepFlow",
+    "DeepFlowFamily",
+    "DeepFlowObjective",
+    "ExtrapolationError",
+    "Spoken",
+    "VelocityRefiner",
+]
