@@ -1,4 +1,7 @@
-"""Draw samples: ``python sample.py RUN_OR_CHECKPOINT [solver.name=heun] [sample.count=1000] …``."""
+"""Draw samples: ``python sample.py RUN_OR_CHECKPOINT [solver.name=heun] [sample.count=1000] …``.
+
+Weights that other programs released are sampled from their file: ``python sample.py released.pt weights.family=sit …``.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from pathline.training import sampling
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code: 0, or 2 for a wrong input."""
     parser = argparse.ArgumentParser(prog="sample.py", description="Draw samples from a trained model.")
-    parser.add_argument("model", help="a run's folder, one checkpoint, or exported weights (.safetensors)")
+    parser.add_argument("model", help="a run's folder, a checkpoint, exported weights, or a released file (.pt)")
     parser.add_argument("entries", nargs="*", metavar="entry=value", help="as solver.name=heun or guidance.0.scale=1.5")
     given = parser.parse_args(arguments)
     try:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pathline.core.errors import WeightsError, suggest
 
-__all__ = ["PICKLED", "read"]
+__all__ = ["PICKLED", "read", "read_named"]
 
 PICKLED = (".pt", ".pth", ".ckpt", ".bin")
 AVERAGE = "ema"
@@ -41,7 +41,11 @@ def read(path: str | PathLike[str], *, key: str | None = None) -> dict[str, Tens
         WeightsError: no such file, of another ending, truncated or damaged, with other objects in it than these, or
             without such weights; the file and the reason are named.
     """
-    path = Path(path)
+    return read_named(Path(path), key)[1]
+
+
+def read_named(path: Path, key: str | None) -> tuple[str | None, dict[str, Tensor]]:
+    """Return what ``read`` does, behind the key under which it was found; None for a file of weights alone."""
     if not path.is_file():
         raise WeightsError(f"got no file at {path}, expected weights")
     if path.suffix not in (*PICKLED, ".safetensors"):
@@ -51,9 +55,10 @@ def read(path: str | PathLike[str], *, key: str | None = None) -> dict[str, Tens
     except Exception as error:  # what a damaged file raises is not listed anywhere
         reason = str(error).strip().split("\n")[0][:300] or type(error).__name__
         raise WeightsError(f"got {path}, which cannot be read as weights alone: {reason}") from error
-    chosen = _unwrapped(_chosen(content, key, path), key, path)
-    _check_tensors(chosen, path)
-    return {name: tensor.detach() for name, tensor in chosen.items()}
+    found, wrapped = _chosen(content, key, path)
+    state = _unwrapped(wrapped, key, path)
+    _check_tensors(state, path)
+    return found, {name: tensor.detach() for name, tensor in state.items()}
 
 
 def _unpickled(path: Path) -> Any:
@@ -61,22 +66,22 @@ def _unpickled(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
 
 
-def _chosen(content: Any, key: str | None, path: Path) -> dict[str, Any]:
-    """Return the weights wanted of a file's content: itself, or one of its entries."""
+def _chosen(content: Any, key: str | None, path: Path) -> tuple[str | None, dict[str, Any]]:
+    """Return the weights wanted of a file's content, and their key there: itself (None), or one of its entries."""
     if not isinstance(content, Mapping) or not content or not all(isinstance(name, str) for name in content):
         raise WeightsError(f"got {path} with a {type(content).__name__} in it, expected weights by name")
     if any(isinstance(value, Tensor) for value in content.values()):
-        return dict(content)
+        return None, dict(content)
     groups = [name for name, value in content.items() if _is_state(value)]
     if key is None and AVERAGE not in content and len(groups) == 1:
-        return dict(content[groups[0]])
+        return groups[0], dict(content[groups[0]])
     name = AVERAGE if key is None else key
     if name not in content:
         hint = f"{suggest(name, groups)}; name one by weights.key" if groups else f"only {', '.join(content)}"
         raise WeightsError(f"got {path} without weights {name!r}: {hint}")
     if not isinstance(content[name], Mapping) or not content[name]:
         raise WeightsError(f"got {path} with a {type(content[name]).__name__} under {name!r}, expected weights by name")
-    return dict(content[name])
+    return name, dict(content[name])
 
 
 def _is_state(value: Any) -> bool:

@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,18 @@ from pathline.core.config import Configuration, resolve
 from pathline.core.draws import Draws
 from pathline.core.errors import ConfigurationError, PathlineError
 from pathline.core.flow import BaseFlow, Flow
+from pathline.core.foreign import PICKLED
 from pathline.solvers.guidance import Autoguidance
 from pathline.training import checkpoints
 from pathline.training.exported import load_exported
 from pathline.training.manifest import SUFFIX, parse
 from pathline.training.parts import Parts, build
 from pathline.training.pictures import ROUNDING, save_grid, to_uint8
+from pathline.training.released import RELEASED_WORDS, ReleasedConfiguration, is_released, read_released
 
 __all__ = ["Drawn", "default_name", "draw", "draw_picture", "find", "load", "save", "save_picture", "solve"]
+
+_WORDS = ("sample.", "solver.", "solver=", "guidance.", "guidance=", "train.threads=", "data.")
 
 
 @dataclass(frozen=True)
@@ -56,32 +61,39 @@ def load(path: Path, words: Sequence[str]) -> tuple[Configuration, Parts]:
     loaded too, and the configuration names where they lie.
 
     Args:
-        path: a checkpoint, or weights written by ``training.export``.
-        words: as ``solver.steps=25``.
+        path: a checkpoint, weights written by ``training.export``, or a file of another program.
+        words: as ``solver.steps=25``; for another program's file also ``weights.…`` and ``backbone.…``.
 
     Raises:
         CheckpointError: damaged, or weights that do not fit.
         ConfigurationError: words that do not fit, or that change what was trained.
+        WeightsError: another program's weights that cannot be read, or do not tell or fit their network.
     """
+    released = is_released(path, words)
     for word in words:
-        if not word.startswith(("sample.", "solver.", "solver=", "guidance.", "guidance=", "train.threads=", "data.")):
+        if not word.startswith((*_WORDS, *(RELEASED_WORDS if released else ()))):
             raise ConfigurationError(
                 f"got {word!r} for a trained model, expected sample.…, solver.… or guidance.… alone"
             )
-    configuration = resolve(overrides.apply(_trained_configuration(path).model_dump(mode="json"), words))
+    fill: Callable[[nn.Module], None]
+    if released:
+        configuration, fill = read_released(path, words)
+    else:
+        configuration = resolve(overrides.apply(_trained_configuration(path).model_dump(mode="json"), words))
+        fill = partial(_load_average, path=path, configuration=configuration)
     configuration, loaded = _with_weak_models(configuration)
     parts = replace(build(loaded), configuration=configuration)
-    _load_average(parts.backbone, path, configuration)
+    fill(parts.backbone)
     return configuration, parts
 
 
 def find(model: Path, warn: Callable[[str], None]) -> Path:
-    """Return the weights that a path means: a file of exported ones, a checkpoint, or a run's newest valid one.
+    """Return the weights that a path means: a file of exported or released ones, a checkpoint, or a run's newest.
 
     Raises:
         CheckpointError: there is none.
     """
-    return model if model.suffix == SUFFIX and model.is_file() else checkpoints.find(model, warn)
+    return model if model.suffix in (SUFFIX, *PICKLED) and model.is_file() else checkpoints.find(model, warn)
 
 
 def _trained_configuration(path: Path) -> Configuration:
@@ -193,7 +205,8 @@ def save_picture(drawn: Drawn, folder: Path, step: int) -> None:
 def default_name(configuration: Configuration) -> str:
     """Return a file name of solver, steps, guidance, average and seed, so that one drawing does not replace another."""
     solver = configuration.solver
-    words = ["samples", solver["name"], solver.get("steps")]
+    file = Path(configuration.weights.file).stem if isinstance(configuration, ReleasedConfiguration) else None
+    words = ["samples", file, solver["name"], solver.get("steps")]
     words += [f"{item['name']}-{_scale(item['scale'])}" for item in configuration.guidance if item.get("scale", 1) != 1]
     words.append(configuration.sample.average)
     return "-".join(str(word) for word in (*words, f"seed-{configuration.sample.seed}") if word is not None) + ".npz"
@@ -204,25 +217,36 @@ def _scale(scale: float | list[float]) -> str:
 
 
 def save(drawn: Drawn, configuration: Configuration, checkpoint: Path, output: Path, version: str) -> list[Path]:
-    """Write ``output`` (.npz: arr_0 uint8 NHWC, arr_1 labels), a picture and a record beside it; return their paths."""
+    """Write ``output`` (.npz: arr_0, and labels as arr_1), a picture and a record beside it; return their paths.
+
+    Images, of one or three channels, are uint8 NHWC; anything else is latents, float32 NCHW and without a picture.
+    """
     output.parent.mkdir(parents=True, exist_ok=True)
-    arrays: dict[str, Any] = {"arr_0": to_uint8(drawn.x)}
+    images = _are_images(drawn)
+    arrays: dict[str, Any] = {"arr_0": to_uint8(drawn.x) if images else drawn.x.float().numpy()}
     if drawn.labels is not None:
         arrays["arr_1"] = drawn.labels.numpy()
     np.savez(output, **arrays)
     picture, record = output.with_suffix(".png"), output.with_suffix(".json")
-    save_grid(picture, drawn.x, drawn.labels)
+    if images:
+        save_grid(picture, drawn.x, drawn.labels)
     record.write_text(json.dumps(_record(drawn, configuration, checkpoint, version), indent=1))
-    return [output, picture, record]
+    return [output, picture, record] if images else [output, record]
+
+
+def _are_images(drawn: Drawn) -> bool:
+    return drawn.x.shape[1] in (1, 3)
 
 
 def _record(drawn: Drawn, configuration: Configuration, checkpoint: Path, version: str) -> dict[str, Any]:
     c = configuration.model_dump(mode="json")
-    name = _average(configuration)
+    values = {"rounding": ROUNDING} if _are_images(drawn) else {"values": "latents, float32 (N, C, H, W)"}
     weak = [_identity(Path(item["weak"])) for item in configuration.guidance if "weak" in item]
     return {
         "version": version,
-        "checkpoint": _identity(checkpoint, name),
+        "checkpoint": c["weights"]
+        if isinstance(configuration, ReleasedConfiguration)
+        else _identity(checkpoint, _average(configuration)),
         **({"weak_checkpoints": weak} if weak else {}),
         "count": len(drawn.x),
         "seed": c["sample"]["seed"],
@@ -231,7 +255,7 @@ def _record(drawn: Drawn, configuration: Configuration, checkpoint: Path, versio
         "guidance": c["guidance"],
         "nfe": drawn.nfe,
         "seconds": round(drawn.seconds, 3),
-        "rounding": ROUNDING,
+        **values,
         "data": c["data"],
         "configuration": c,
     }

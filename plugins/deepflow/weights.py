@@ -84,12 +84,21 @@ class DeepFlowFamily(WeightFamily):
         else:
             options["cuts"] = [depth * i // branches for i in range(1, branches)]
         unknown["clamp_gap"] = "true for the weights released with alignment, false for the others"
-        options["acceleration_width"] = size(ours, "refiners.0.acceleration.0.weight")[0]
+        options["acceleration_width"] = _acceleration_width(ours)
         encoders = distinct(ours, "projectors.0.")
         if encoders:
             options["align_dims"] = [size(ours, f"projectors.0.{i}.4.weight")[0] for i in range(encoders)]
             options["align_width"] = size(ours, "projectors.0.0.0.weight")[0]
         return Facts({"name": "deepflow", **options}, unknown)
+
+
+def _acceleration_width(ours: State) -> int | list[int]:
+    """Return W where the hidden widths are W, 2W, W, else the widths themselves."""
+    start = "refiners.0.acceleration."
+    layers = distinct({key: value for key, value in ours.items() if key.endswith(".weight")}, start)
+    widths = [size(ours, f"{start}{2 * i}.weight")[0] for i in range(max(1, layers - 1))]
+    first = widths[0]
+    return first if widths == [first, 2 * first, first] else widths
 
 
 def _by_cut(state: State) -> dict[str, Tensor]:

@@ -1,0 +1,159 @@
+"""Models of other programs, sampled from their own files: what it does not tell, its family and words do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from torch import nn
+
+from pathline.core import overrides, weights
+from pathline.core.config import Configuration, resolve
+from pathline.core.errors import ConfigurationError, suggest
+from pathline.core.foreign import PICKLED, read_named
+from pathline.core.layouts import Defect, WeightFamily
+from pathline.core.sections import Section, Text
+from pathline.training.exported import digest
+
+__all__ = ["RELEASED_WORDS", "Released", "ReleasedConfiguration", "Weights", "is_released", "read_released"]
+
+RELEASED_WORDS = ("weights.", "backbone.")
+
+
+class Weights(Section):
+    """Which weights a file's are.
+
+    ``family`` names their layout where their keys do not; ``key`` one of several weights in the file, as ``model``;
+    ``defects`` what their program does wrong and is to be done again, as ``three-channel-guidance``.
+    """
+
+    family: Text | None = None
+    key: Text | None = None
+    defects: tuple[Text, ...] = ()
+
+
+class Released(Weights):
+    """The same with all that was found: file name, family, and the hash of the file."""
+
+    file: Text
+    sha256: Text
+
+
+class ReleasedConfiguration(Configuration):
+    """The configuration of another program's model."""
+
+    weights: Released
+
+
+class Filled:
+    """Weights on their way into a network: ``fill(backbone)``."""
+
+    def __init__(self, state: weights.State, family: WeightFamily) -> None:
+        self.state, self.family = state, family
+
+    def __call__(self, backbone: nn.Module) -> None:
+        """Load them; raises WeightsError where they do not fit."""
+        weights.load(backbone, self.state, self.family)
+        backbone.eval()
+
+
+def is_released(path: Path, words: Sequence[str]) -> bool:
+    """Whether a path means another program's weights: by its ending, or because ``weights.…`` says so."""
+    return path.is_file() and (path.suffix in PICKLED or any(word.startswith("weights.") for word in words))
+
+
+def read_released(path: Path, words: Sequence[str]) -> tuple[ReleasedConfiguration, Filled]:
+    """Read another program's weights and return the configuration of their model, and what fills its network.
+
+    Args:
+        path: of the file.
+        words: as ``weights.family=sit``, ``backbone.num_heads=4`` and those of any trained model.
+
+    Raises:
+        WeightsError: the file cannot be read, or does not tell what is needed.
+        ConfigurationError: words that do not fit.
+    """
+    own = overrides.apply({}, [word for word in words if word.startswith(RELEASED_WORDS)])
+    wanted = _checked(own.get("weights", {}))
+    key, state = read_named(path, wanted.key)
+    family = weights.recognise(state, wanted.family)
+    defects = _known_defects(wanted.defects, family)
+    options = _with_backbone_defects(own.get("backbone", {}), defects)
+    entries = _entries(weights.component(state, family, **options), family)
+    entries = overrides.apply(entries, [word for word in words if not word.startswith(RELEASED_WORDS)])
+    filled = resolve(_with_defects(entries, defects))
+    released = Released(**{**dict(wanted), "family": family.name, "key": key}, file=path.name, sha256=digest(path))
+    return ReleasedConfiguration(**{**dict(filled), "weights": released}), Filled(state, family)
+
+
+def _checked(given: Any) -> Weights:
+    try:
+        return Weights.model_validate(given)
+    except ValidationError as error:
+        lines = []
+        for detail in error.errors():
+            path = ".".join(map(str, ("weights", *detail["loc"])))
+            unknown = detail["type"] == "extra_forbidden"
+            hint = f"unknown entry; {suggest(str(detail['loc'][-1]), Weights.model_fields)}"
+            lines.append(f"{path}: {hint if unknown else detail['msg']}")
+        raise ConfigurationError("; ".join(lines)) from error
+
+
+def _entries(backbone: dict[str, Any], family: WeightFamily) -> dict[str, Any]:
+    """Return the sections of a model that others trained; its data are stand-ins of its shape."""
+    inner = backbone.get("backbone", backbone)
+    side = inner["input_size"]
+    shape = [inner["in_channels"], *([side, side] if isinstance(side, int) else side)]
+    return {
+        "data": {"name": "synthetic", "shape": shape, "num_classes": inner["num_classes"]},
+        "interpolant": family.interpolant,
+        "backbone": backbone,
+        "objective": family.predicts,
+        "solver": "euler-maruyama",
+        "train": {"steps": 1, "folder": "runs/released"},
+    }
+
+
+def _known_defects(names: Sequence[str], family: WeightFamily) -> dict[str, Defect]:
+    for name in names:
+        if name not in family.defects:
+            raise ConfigurationError(f"weights.defects: {family.name} has no {name!r}; {suggest(name, family.defects)}")
+    return {name: family.defects[name] for name in names}
+
+
+def _with_backbone_defects(options: Mapping[str, Any], defects: Mapping[str, Defect]) -> dict[str, Any]:
+    """Return the backbone's options with those that defects set."""
+    result = dict(options)
+    for name, defect in defects.items():
+        section, _, entry = defect.entry.partition(".")
+        if section == "backbone":
+            _set(result, entry, defect, name)
+    return result
+
+
+def _with_defects(entries: Mapping[str, Any], defects: Mapping[str, Defect]) -> dict[str, Any]:
+    """Return entries with those that defects set, in every guidance where they are of one."""
+    result: dict[str, Any] = deepcopy(dict(entries))
+    for name, defect in defects.items():
+        *path, entry = defect.entry.split(".")
+        if path == ["guidance", "*"]:
+            if not result.get("guidance"):
+                raise ConfigurationError(
+                    f"weights.defects: got {name!r} without guidance, which it is of; leave it out"
+                )
+            for guide in result["guidance"]:
+                _set(guide, entry, defect, name)
+        elif path != ["backbone"]:
+            _set(result.setdefault(path[0], {}), entry, defect, name)
+    return result
+
+
+def _set(section: dict[str, Any], entry: str, defect: Defect, name: str) -> None:
+    if section.setdefault(entry, defect.value) != defect.value:
+        raise ConfigurationError(
+            f"weights.defects: {name!r} sets {defect.entry} to {defect.value!r}, and it is given as "
+            f"{section[entry]!r}; leave one out"
+        )
