@@ -341,7 +341,6 @@ def test_the_contract_of_an_objective(method, gap_sign):
 @pytest.mark.parametrize("method", METHODS)
 def test_it_trains_in_two_processes_as_in_one(method, strategy, processes, tmp_path):
     def train(folder, count):
-        torch.set_num_threads(1)
         small = {"input_size": 8, "patch_size": 4, "in_channels": 1, "hidden_size": 12, "depth": 2, "num_heads": 3}
         given = {"steps": 3, "global_batch": 10, "micro_batch": 5, "folder": str(folder), "accelerator": "cpu"}
         several = {"devices": count, "strategy": strategy if count > 1 else "auto", "timeout": 30.0}
@@ -355,10 +354,10 @@ def test_it_trains_in_two_processes_as_in_one(method, strategy, processes, tmp_p
         }
         entries |= {"train": {**given, **several}, "optim": {"eps": 1e-2}}
         Trainer(resolve({**entries, "log": {"every": 1, "tensorboard": False}})).run()
-        return [row["loss"] for row in read_rows(folder / "log.jsonl")]
 
-    alone = processes(1, lambda: train(tmp_path / "one", 1), timeout=120).checked()[0]
-    together = processes(2, lambda: train(tmp_path / "two", 2), timeout=120).checked()[0]
+    for name, count in (("one", 1), ("two", 2)):
+        processes(count, train, tmp_path / name, count, timeout=120).checked()
+    alone, together = ([row["loss"] for row in read_rows(tmp_path / name)] for name in ("one", "two"))
     assert len(alone) == 3 and together == pytest.approx(alone, rel=1e-4)
 
 
