@@ -11,7 +11,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
-from pathline import backbones, data, interpolants, objectives, solvers
+from pathline import backbones, data, encoders, interpolants, objectives, solvers
 from pathline.core import overrides
 from pathline.core.errors import ConfigurationError, PathlineError, suggest
 from pathline.core.registry import Entry, Registry
@@ -36,6 +36,7 @@ class Configuration(Section):
     interpolant: Component
     backbone: Component
     objective: Component
+    encoders: list[Component] = Field(default_factory=list)
     optim: Optim = Optim()
     ema: Ema = Ema()
     guard: Guard = Guard()
@@ -80,6 +81,8 @@ def resolve(entries: Mapping[str, Any]) -> Configuration:
         filled["guidance"] = [
             _component(item, f"guidance.{i}", guidance.registry, problems) for i, item in enumerate(filled["guidance"])
         ]
+    if isinstance(filled.get("encoders"), list):
+        filled["encoders"] = [_encoder(item, f"encoders.{i}", problems) for i, item in enumerate(filled["encoders"])]
     configuration = None
     try:
         configuration = Configuration.model_validate(filled)
@@ -142,6 +145,16 @@ def _component(value: Any, path: str, registry: Registry[Any], problems: list[st
         if option not in known
     ]
     return {"name": entry.name, **_options(entry, known, options, path, problems)}
+
+
+def _encoder(value: Any, path: str, problems: list[str]) -> Any:
+    """Check an encoder; ``cache``, a file of its features, is an option of all of them."""
+    value = _named(value)
+    if not isinstance(value, Mapping):
+        return _component(value, path, encoders.registry, problems)
+    cache = _typed(value.get("cache"), str | None, f"{path}.cache", problems)
+    own = {key: item for key, item in value.items() if key != "cache"}
+    return {**_component(own, path, encoders.registry, problems), "cache": cache}
 
 
 def _options(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
@@ -51,6 +52,24 @@ def processes() -> Callable[..., Any]:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.run_processes
+
+
+@pytest.fixture(scope="session")
+def torchvision_operators() -> torch.library.Library | None:
+    """Let torchvision be imported beside a torch of another build, and with it timm; None where it can be as it is.
+
+    Its native library does not load there, so that the operators which it registers fakes for do not exist: their
+    schemas are defined here, for tests alone. Nothing that these run calls them; the library lives as long as they do.
+    """
+    try:
+        importlib.import_module("torchvision")
+    except RuntimeError:
+        library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        importlib.import_module("torchvision")
+        return library
+    return None
 
 
 class Case(NamedTuple):

@@ -5,20 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from pathline import backbones, data, interpolants, objectives, solvers
+from pathline import backbones, data, encoders, interpolants, objectives, solvers
 from pathline.core.config import Configuration
 from pathline.core.draws import Draws
 from pathline.core.errors import ConfigurationError, InputError, PathlineError
 from pathline.core.flow import BaseFlow, Flow
-from pathline.data import Dataset
+from pathline.data import Batch, Dataset
+from pathline.encoders import Cached, Computed, Source
+from pathline.encoders.grids import check_grids, on_grid
 from pathline.interpolants import Interpolant
 from pathline.objectives import Objective
+from pathline.objectives.base import backbone_attribute
 from pathline.solvers import Solver, guidance
 from pathline.solvers.guidance import Guidance, LabelGuidance
 from pathline.training.network import checkpoint_activations, units
@@ -35,7 +39,9 @@ class Parts:
     """Everything that a configuration names.
 
     Attributes:
-        forward_flops: floating-point operations of the objective's forward pass on one sample.
+        forward_flops: floating-point operations of the objective's forward pass on one sample, those of encoders
+            left out; 0 if the parts are not for training.
+        encoders: where the tokens to align to come from, in the order of the backbone's ``align_dims``.
     """
 
     configuration: Configuration
@@ -46,6 +52,13 @@ class Parts:
     solver: Solver
     guidance: tuple[Guidance, ...]
     forward_flops: int = 0
+    encoders: tuple[Source, ...] = ()
+
+    def features(self, batch: Batch, device: torch.device) -> tuple[Tensor, ...]:
+        """Return the tokens of every encoder on the backbone's token grid, (N, T, dim) each, on a device."""
+        wanted = _token_grid(self.backbone)
+        found = [(source.tokens(batch, device), source.grid) for source in self.encoders]
+        return tuple(on_grid(tokens, grid, wanted or grid) for tokens, grid in found)
 
     def conditions(self, label: Tensor | None) -> dict[str, Any]:
         """Return what the backbone is conditioned on: the labels, unless it is unconditional."""
@@ -59,8 +72,12 @@ class Parts:
         return flow
 
 
-def build(configuration: Configuration) -> Parts:
+def build(configuration: Configuration, *, training: bool = True) -> Parts:
     """Build every part; the backbone's first weights are a function of ``train.seed``.
+
+    Args:
+        configuration: of a run.
+        training: whether the loss will be evaluated; else encoders are left out, for samples need none.
 
     Raises:
         ConfigurationError: options that a part refuses, or parts that do not fit one another; lists all of them.
@@ -78,9 +95,13 @@ def build(configuration: Configuration) -> Parts:
         problems.collect(f"guidance.{i}", lambda item=item: guidance.build(item))  # type: ignore[misc]
         for i, item in enumerate(c.guidance)
     ]
+    sources = [
+        problems.collect(f"encoders.{i}", lambda item=item: _source(item, dataset))  # type: ignore[misc]
+        for i, item in enumerate(c.encoders if training and dataset else ())
+    ]
     problems.report()
-    parts = Parts(c, dataset, interpolant, backbone, objective, solver, tuple(guides))
-    flops = _cross_check(parts, problems)
+    parts = Parts(c, dataset, interpolant, backbone, objective, solver, tuple(guides), encoders=tuple(sources))
+    flops = _cross_check(parts, problems, training=training)
     problems.report()
     return replace(parts, forward_flops=flops)
 
@@ -91,6 +112,13 @@ def _backbone(configuration: Configuration) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         return backbones.build(configuration.backbone)
+
+
+def _source(component: dict[str, Any], dataset: Dataset) -> Source:
+    """Return an encoder's tokens: from the file that its entry names, or of the encoder itself."""
+    if component["cache"] is not None:
+        return Cached(Path(component["cache"]), component, dataset)
+    return Computed(encoders.build({key: value for key, value in component.items() if key != "cache"}), dataset)
 
 
 class _Problems:
@@ -115,8 +143,8 @@ class _Problems:
             raise ConfigurationError("\n  ".join(lines))
 
 
-def _cross_check(parts: Parts, problems: _Problems) -> int:
-    """Note what does not fit; return the operations of the objective's forward pass on one sample."""
+def _cross_check(parts: Parts, problems: _Problems, *, training: bool) -> int:
+    """Note what does not fit; return the operations of the objective's forward pass on one sample, if it is called."""
     backbone, dataset = parts.backbone, parts.dataset
     shape, classes = getattr(backbone, "input_shape", None), getattr(backbone, "num_classes", 0)
     if shape is not None and tuple(shape) != tuple(dataset.shape):
@@ -140,10 +168,12 @@ def _cross_check(parts: Parts, problems: _Problems) -> int:
     labels = parts.configuration.sample.labels
     if classes and not isinstance(labels, str) and max([labels] if isinstance(labels, int) else labels) >= classes:
         problems.found.append(f"sample.labels: got {labels}, expected classes from 0 to {classes - 1}")
+    if training:
+        problems.found += _encoder_problems(parts)
     if problems.found:
         return 0
     problems.collect("solver", lambda: _check_solver(parts))
-    return problems.collect("objective", lambda: _check_objective(parts))
+    return 0 if not training else problems.collect("objective", lambda: _check_objective(parts))
 
 
 def _missing_blocks(parts: Parts) -> Iterator[str]:
@@ -168,6 +198,41 @@ def _random_layers(backbone: nn.Module) -> Iterator[str]:
             )
 
 
+def _encoder_problems(parts: Parts) -> Iterator[str]:
+    """Yield what does not fit between encoders, objective and backbone."""
+    given, name = parts.encoders, parts.configuration.objective["name"]
+    aligns = bool(getattr(parts.objective, "weights", {}).get("align"))
+    if aligns and not given:
+        yield f"encoders: got none for the objective {name!r}, which aligns to some; write encoders: [dinov2-b], say"
+    if given and not aligns:
+        yield (
+            f"encoders: got {len(given)} for the objective {name!r}, which aligns to none; use 'alignment', or give "
+            "'deepflow' an align above 0, or leave encoders out"
+        )
+    dims, wanted = backbone_attribute(parts.backbone, "align_dims"), [source.dim for source in given]
+    if aligns and given and dims is not None and list(dims) != wanted:
+        yield f"backbone.align_dims: got {list(dims)}, and the encoders have {wanted}; write align_dims: {wanted}"
+    grid = _token_grid(parts.backbone)
+    for number, source in enumerate(given):
+        try:
+            check_grids(source.grid, grid or source.grid)
+        except InputError as error:
+            yield f"encoders.{number}: {error}"
+
+
+def _token_grid(backbone: nn.Module) -> tuple[int, int] | None:
+    """Return rows and columns of a backbone's tokens, its own or its trunk's; None if it does not tell."""
+    holder = backbone if hasattr(backbone, "grid") else getattr(backbone, "trunk", None)
+    grid: tuple[int, int] | None = getattr(holder, "grid", None)
+    return grid
+
+
+def _blank_features(parts: Parts, count: int) -> tuple[Tensor, ...]:
+    """Return ones of the shape of the encoders' tokens on the backbone's grid."""
+    grids = [(_token_grid(parts.backbone) or source.grid, source.dim) for source in parts.encoders]
+    return tuple(torch.ones(count, rows * columns, dim) for (rows, columns), dim in grids)
+
+
 def _check_objective(parts: Parts) -> int:
     """Evaluate the loss of two samples: only that tells whether objective and backbone speak to one another.
 
@@ -175,10 +240,11 @@ def _check_objective(parts: Parts) -> int:
     too: forward-mode differentiation cannot pass them. Returns the operations of the forward pass on one sample.
     """
     train, batch = parts.configuration.train, parts.dataset.batch([0, 1])
+    features = _blank_features(parts, 2)  # an encoder may be larger than the network
 
     def loss(backbone: nn.Module = parts.backbone) -> Tensor:
         given = parts.conditions(batch["label"])
-        return parts.objective(backbone, batch["data"], Draws(0).at(range(2)), **given).total
+        return parts.objective(backbone, batch["data"], Draws(0).at(range(2)), features=features, **given).total
 
     flops = forward_flops(loss) // 2
     if train.activation_checkpointing != "none":

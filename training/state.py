@@ -78,6 +78,8 @@ class State:
                 mesh = fabric.strategy.device_mesh["data_parallel"]  # type: ignore[attr-defined]  # of fsdp
                 shard(track, mesh, trained=False)
         self.averages.follow(self.network)
+        for source in parts.encoders:
+            source.to(fabric.device)
         self.optimizers = Optimizers(self.network, configuration.optim)
         self.guard = Guard(fabric.device, configuration.guard)
         self.window = Window(fabric, agreement, configuration.log.time_bins)
@@ -107,6 +109,7 @@ class State:
             "configuration": self.parts.configuration.model_dump(mode="json"),
             "data": self.parts.dataset.manifest,
             "statistics": self.parts.dataset.statistics,
+            "encoders": [dict(source.manifest) for source in self.parts.encoders],
         }
         return Snapshot(self.tensors(), scalars)
 
@@ -199,19 +202,27 @@ def check_same_run(saved: Mapping[str, Any], parts: Parts, path: Path, allow: Se
             f"train.micro_batch: {old.micro_batch} on {old.devices * old.num_nodes} devices -> {new.micro_batch} on "
             f"{new.devices * new.num_nodes}, and the objective mixes all that is taken at once"
         )
-    manifest = parts.dataset.manifest
-    changed += [
-        f"the data's {key}: {saved['data'].get(key)!r} -> {manifest.get(key)!r}"
-        for key in sorted(saved["data"].keys() | manifest.keys())
-        if saved["data"].get(key) != manifest.get(key)
-    ]
-    allowed = tuple(f"{name}{end}" for name in allow for end in (":", ".")) + ("the data's ",) * ("data" in allow)
+    changed += _changes("the data's", saved["data"], parts.dataset.manifest)
+    encoded: list[dict[str, Any]] = saved.get("encoders", [])  # which older checkpoints do not have
+    for number, (then, source) in enumerate(zip(encoded, parts.encoders, strict=False)):  # their number is configured
+        changed += _changes(f"the encoders.{number}'s", then, source.manifest)
+    allowed = tuple(f"{name}{end}" for name in allow for end in (":", "."))
+    allowed += tuple(f"the {name}" for name in ("data", "encoders") if name in allow)
     changed = [line for line in changed if not line.startswith(allowed)]
     if changed:
         raise CheckpointError(
             f"got {path} of another configuration; give these back their values, start anew in another train.folder, "
             "or name what may differ by --allow:\n  " + "\n  ".join(changed)
         )
+
+
+def _changes(whose: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """List what two manifests tell differently."""
+    return [
+        f"{whose} {key}: {before.get(key)!r} -> {after.get(key)!r}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+    ]
 
 
 def _cut(train: Train) -> list[int]:

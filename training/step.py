@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pathline.core.draws import Draws, send
+from pathline.data import Batch
 from pathline.training.guard import clipped_norm
 from pathline.training.optim import learning_rate
 from pathline.training.state import State
@@ -50,14 +51,32 @@ def _accumulate(state: State, positions: range, share: float) -> Tensor:
         batch = parts.dataset.batch(parts.dataset.indices_at(positions, seed))
         data, label = (send(batch[name], fabric.device) for name in ("data", "label"))
     # what is not finite is left out of the network and makes the guard skip the step
-    finite = data.nan_to_num(0.0, 0.0, 0.0)
-    usable = (finite == data).flatten(1).all(1).float()
+    data, usable = _finite(data)
+    features = []
+    for tokens in _encoded(state, batch):
+        finite, whole = _finite(tokens)
+        features.append(finite)
+        usable = usable * whole
     draws = Draws(seed).at(positions, step=state.step + state.passed)
-    loss = parts.objective(_called(state), finite, draws, **parts.conditions(label))
+    loss = parts.objective(_called(state), data, draws, features=features, **parts.conditions(label))
     total = loss.total if share == 1 else loss.total * share
     fabric.backward(total)
     state.window.add_batch(loss, usable)
     return torch.stack((total.detach(), (1 - usable).sum()))
+
+
+def _finite(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return values with 0 for those that are not finite, and 1 for each sample without such, (N,)."""
+    finite = values.nan_to_num(0.0, 0.0, 0.0)
+    return finite, (finite == values).flatten(1).all(1).float()
+
+
+def _encoded(state: State, batch: Batch) -> tuple[Tensor, ...]:
+    """Return the encoders' tokens, computed in the precision of the run."""
+    if not state.parts.encoders:
+        return ()
+    with state.fabric.autocast():
+        return state.parts.features(batch, state.fabric.device)
 
 
 def _called(state: State) -> nn.Module:

@@ -1,0 +1,195 @@
+"""Features of a whole data set in one file, memory-mapped: written once, read in training.
+
+A safetensors file of one tensor ``features`` (N, T, D) in float16, row i of sample i. Its header tells the data set's
+manifest, the encoder's and its entry in the configuration, and the hash of the rows. N samples, T tokens, D width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from pathline.core.errors import DataError
+
+__all__ = ["FeatureFile", "write_features"]
+
+FORMAT = "pathline features 1"
+HASH = "sha256"
+
+
+class FeatureFile:
+    """A file of features.
+
+    Args:
+        path: of the file; its rows are mapped, not read.
+
+    Attributes:
+        shape: (N, T, D).
+        encoder: what the encoder told of itself.
+        sha256: hash of all rows, as it was taken when they were written.
+
+    Raises:
+        DataError: no such file, or one that is damaged or holds something else.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        told = _header(path)
+        self.component: dict[str, Any] = json.loads(told["component"])
+        self.data: dict[str, Any] = json.loads(told["data"])
+        self.encoder: dict[str, Any] = json.loads(told["encoder"])
+        self.sha256, self._rows = told[HASH], _mapped(path)
+        count, tokens, dim = self._rows.shape
+        self.shape = (int(count), int(tokens), int(dim))
+
+    def check(self, component: Mapping[str, Any], weights_sha256: str | None, data: Mapping[str, Any]) -> None:
+        """Check that these are the features of an encoder on a data set.
+
+        Args:
+            component: the encoder's entry in a configuration.
+            weights_sha256: hash of the file of weights that the entry names; None if it names none.
+            data: the data set's manifest.
+
+        Raises:
+            DataError: they are of another one; says in what they differ.
+        """
+        wanted, made = _settings(component), _settings(self.component)
+        changed = [f"{key} {made.get(key)!r} -> {wanted.get(key)!r}" for key in _differing(made, wanted)]
+        now = json.loads(json.dumps(dict(data)))
+        changed += [
+            f"the data's {key} {self.data.get(key)!r} -> {now.get(key)!r}" for key in _differing(self.data, now)
+        ]
+        used = self.encoder[HASH] if self.encoder["weights"] == "file" else None
+        if used != weights_sha256:
+            changed.append(f"weights {used or 'of the hub'} -> {weights_sha256 or 'of the hub'}")
+        if changed:
+            raise DataError(
+                f"got {self.path}, features of something else ({'; '.join(changed)}); make them anew by "
+                "python -m pathline.encoders.cache"
+            )
+
+    def rows(self, indices: Tensor) -> Tensor:
+        """Return the rows of samples, (n, T, D) float16 on the host."""
+        return torch.from_numpy(self._rows[indices.cpu().numpy()])
+
+
+def _settings(component: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of an encoder's entry must be equal: not where its weights lie."""
+    return {key: value for key, value in component.items() if key not in ("weights", "cache")}
+
+
+def _differing(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
+    return [key for key in sorted(first.keys() | second.keys()) if first.get(key) != second.get(key)]
+
+
+def _header(path: Path) -> dict[str, str]:
+    """Return the metadata of a whole file."""
+    if not path.is_file():
+        raise DataError(f"got no features at {path}; make them by python -m pathline.encoders.cache")
+    try:
+        with safe_open(path, "np") as file:  # verifies that all of it is there
+            told: dict[str, str] = file.metadata() or {}
+            found = {name: file.get_slice(name).get_dtype() for name in file.keys()}
+    except SafetensorError as error:
+        raise DataError(f"got {path}, a damaged file ({error}); make it anew") from error
+    if told.get("format") != FORMAT or found != {"features": "F16"}:
+        raise DataError(f"got {path}, which holds no features ({FORMAT}); use python -m pathline.encoders.cache")
+    return told
+
+
+def _mapped(path: Path) -> NDArray[np.float16]:
+    """Map the rows of a verified file."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        entry = json.loads(file.read(length))["features"]
+    return np.memmap(path, np.float16, "r", offset=8 + length + entry["data_offsets"][0], shape=tuple(entry["shape"]))
+
+
+def write_features(
+    path: Path,
+    batches: Iterable[Tensor],
+    shape: tuple[int, int, int],
+    *,
+    component: Mapping[str, Any],
+    encoder: Mapping[str, Any],
+    data: Mapping[str, Any],
+) -> None:
+    """Write features, batch after batch, beside the file, which then appears whole or not at all.
+
+    Args:
+        path: of the file; one that is there is replaced.
+        batches: (n, T, D) each, N rows in all, in the order of the samples.
+        shape: (N, T, D).
+        component: the encoder's entry in the configuration, without ``cache``.
+        encoder: its manifest.
+        data: the data set's manifest.
+
+    Raises:
+        DataError: features that float16 cannot hold, or another number of rows.
+    """
+    told = {
+        "format": FORMAT,
+        "component": dict(component),
+        "encoder": dict(encoder),
+        "data": dict(data),
+        HASH: 64 * "0",
+    }
+    words = {key: value if isinstance(value, str) else json.dumps(value) for key, value in told.items()}
+    with _replacing(path) as part, part.open("wb") as file:
+        file.write(_encoded(words, shape))
+        words[HASH] = _write_rows(file, batches, shape)
+        file.seek(0)
+        file.write(_encoded(words, shape))  # of the same length
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Give a new name beside a file, which takes the file's place at the end, or is removed after an error."""
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _encoded(words: Mapping[str, str], shape: tuple[int, int, int]) -> bytes:
+    size = 2 * shape[0] * shape[1] * shape[2]
+    entry = {"dtype": "F16", "shape": list(shape), "data_offsets": [0, size]}
+    text = json.dumps({"__metadata__": dict(words), "features": entry}).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _write_rows(file: Any, batches: Iterable[Tensor], shape: tuple[int, int, int]) -> str:
+    """Write rows; return their hash."""
+    written, found = 0, hashlib.new(HASH)
+    for batch in batches:
+        rows = batch.half().cpu()
+        if not bool(rows.isfinite().all()):
+            raise DataError(
+                f"got features of samples from {written} on that float16 cannot hold; compute them in training"
+            )
+        if tuple(rows.shape[1:]) != shape[1:]:
+            raise DataError(f"got features {tuple(rows.shape)}, expected (n, {shape[1]}, {shape[2]})")
+        content = rows.contiguous().numpy().tobytes()
+        found.update(content)
+        file.write(content)
+        written += len(rows)
+    if written != shape[0]:
+        raise DataError(f"got features of {written} samples, expected {shape[0]}")
+    return found.hexdigest()

@@ -1,0 +1,113 @@
+"""Where training takes encoder tokens from: an encoder that runs beside it, or a file of what one gave.
+
+N images, T tokens on a grid of rows and columns, D width.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pathline.core.draws import send
+from pathline.core.errors import DataError
+from pathline.data.base import Batch, Dataset
+from pathline.data.features import FeatureFile
+from pathline.encoders.base import Encoder
+from pathline.encoders.networks import hash_of_file
+
+__all__ = ["Cached", "Computed", "Source", "images_of"]
+
+
+class Source(ABC):
+    """Encoder tokens of a data set's batches.
+
+    Attributes:
+        dim: D.
+        grid: rows and columns of the tokens.
+        manifest: which encoder it is, with hashes; a resumed run must find the same.
+    """
+
+    dim: int
+    grid: tuple[int, int]
+    manifest: Mapping[str, Any]
+
+    @abstractmethod
+    def tokens(self, batch: Batch, device: torch.device) -> Tensor:
+        """Return the tokens of a batch, (N, T, D) on a device."""
+
+    def to(self, device: torch.device) -> None:
+        """Move to the device of training what there is to move."""
+        return
+
+
+class Computed(Source):
+    """An encoder that runs on each batch.
+
+    Args:
+        encoder: built.
+        dataset: whose first image it is tried on, by its shape.
+
+    Raises:
+        DataError: the data have no images.
+        InputError: images that the encoder does not take.
+    """
+
+    def __init__(self, encoder: Encoder, dataset: Dataset) -> None:
+        encoder.check(images_of(dataset.batch([0])))
+        self.encoder = encoder
+        self.dim, self.grid, self.manifest = encoder.dim, encoder.grid, encoder.manifest
+
+    def tokens(self, batch: Batch, device: torch.device) -> Tensor:
+        """Return the tokens of a batch's images, (N, T, D), without gradients."""
+        with torch.no_grad():
+            found: Tensor = self.encoder(send(images_of(batch), device))
+        return found
+
+    def to(self, device: torch.device) -> None:
+        """Move the encoder to a device."""
+        self.encoder.to(device)
+
+
+class Cached(Source):
+    """A file that ``python -m pathline.encoders.cache`` wrote.
+
+    Args:
+        path: of the file.
+        component: the encoder's entry in the configuration; weights that it names are compared by their hash.
+        dataset: whose features they must be.
+
+    Raises:
+        DataError: no such file, a damaged one, or one of other data or of another encoder, weights or resolution.
+        WeightsError: the entry names weights that are not there.
+    """
+
+    def __init__(self, path: Path, component: Mapping[str, Any], dataset: Dataset) -> None:
+        self.file, weights = FeatureFile(path), component.get("weights")
+        self.file.check(component, None if weights is None else hash_of_file(Path(weights)), dataset.manifest)
+        told = self.file.encoder
+        self.dim, self.grid = self.file.shape[2], (int(told["grid"][0]), int(told["grid"][1]))
+        self.manifest = {**told, "cache": self.file.sha256}
+
+    def tokens(self, batch: Batch, device: torch.device) -> Tensor:
+        """Return the stored tokens of a batch's samples, (N, T, D), in float32."""
+        return send(self.file.rows(batch["index"]), device).float()
+
+
+def images_of(batch: Batch) -> Tensor:
+    """Return a batch's images: its ``image``, or its ``data`` if these have one channel or three.
+
+    Raises:
+        DataError: neither, as with latents that come without their images.
+    """
+    images = batch.get("image", batch["data"])
+    if images.ndim != 4 or images.shape[1] not in (1, 3):
+        raise DataError(
+            f"got data of shape {tuple(images.shape[1:])} without images, which an encoder needs; use a data set whose "
+            "batches have an image beside latents, or features that were computed before (cache: PATH)"
+        )
+    return images
