@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
@@ -20,36 +21,56 @@ from torch import Tensor
 from pathline.core.errors import DataError, InputError
 from pathline.data.base import Batch, Dataset, Indices, as_indices, registry
 
-__all__ = ["Latents", "Packed"]
+__all__ = ["Latents", "Packed", "Rows"]
 
 _HEADER_LIMIT = 2**20  # bytes; a header of five tensors takes a few hundred
 _CHUNK = 256  # rows that the statistics take at once
 _FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 _INTEGERS = {"I32": torch.int32, "I64": torch.int64}
-_TYPES = _FLOATS | _INTEGERS
+_BYTES = {"U8": torch.uint8}
+Types = dict[str, torch.dtype]
+
+
+class Rows(NamedTuple):
+    """A tensor of a file, one row a sample, mapped into memory.
+
+    Attributes:
+        bytes: (n, …) of its rows.
+        dtype: of its values.
+        shape: of one row.
+    """
+
+    bytes: NDArray[np.uint8]
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    def take(self, rows: NDArray[np.int64]) -> Tensor:
+        """Return a copy of rows, (N, *shape)."""
+        taken = np.asarray(self.bytes[rows])  # a copy, and so aligned for its type, as the file need not be
+        return torch.from_numpy(taken).view(self.dtype).reshape(-1, *self.shape)
 
 
 class Packed(NamedTuple):
-    """One file, mapped into memory.
+    """One file.
 
     Attributes:
-        path: the file.
-        rows: (n, …) bytes of its latents, or of the means among its moments; one row a sample.
-        dtype: of their values.
-        shape: (C, H, W) of one row.
+        path: of it.
+        kind: the key of its values, ``latents`` or ``moments``.
+        values: its latents, or the means among its moments.
+        images: those that the latents were made from, if they are asked for.
         labels: (n,) class labels.
     """
 
     path: Path
-    rows: NDArray[np.uint8]
-    dtype: torch.dtype
-    shape: tuple[int, int, int]
+    kind: str
+    values: Rows
+    images: Rows | None
     labels: Tensor
 
-    def values(self, rows: NDArray[np.int64]) -> Tensor:
-        """Return the values of rows, float32, (N, C, H, W)."""
-        taken = np.asarray(self.rows[rows])  # a copy, and so aligned for its type, as the file need not be
-        return torch.from_numpy(taken).view(self.dtype).reshape(-1, *self.shape).float()
+    @property
+    def sample(self) -> tuple[str, tuple[int, ...], tuple[int, ...] | None]:
+        """What all files of a data set must agree in: kind, shape of a latent, shape of an image."""
+        return self.kind, self.values.shape, None if self.images is None else self.images.shape
 
 
 @registry.register("latents")
@@ -58,52 +79,59 @@ class Latents(Dataset):
 
     Keys: ``latents`` (n, C, H, W) or ``moments`` (n, 2C, H, W), the mean and the logarithm of the variance of an
     autoencoder's posterior, of which the mean is taken; ``labels`` (n,) of type int32 or int64, which unlabelled data
-    do without; others are not read. Rows are counted through all files, sorted by name. Nothing is copied before it is
-    asked for, and no value of the latents is checked: what is not finite makes training skip the step.
+    do without; ``images`` (n, 3, R, R) of type uint8, where they are asked for; others are not read. Rows are counted
+    through all files, sorted by name. Nothing is copied before it is asked for, and no value of the latents is checked:
+    what is not finite makes training skip the step.
 
     Args:
         path: a file, or a folder of ``*.safetensors`` files.
         num_classes: class labels 0 … num_classes − 1; 0 for data without labels, whose label is 0 throughout.
         scale: factor of the stored values; 0.18215 is that of Stable Diffusion's first autoencoders (arXiv:2112.10752),
             and 1 is for latents that were scaled before they were stored.
+        images: whether batches have an ``image`` as well, uint8, for encoders to align to.
 
     Raises:
         DataError: no file, or one that is truncated, forged, or does not hold what it should; names the file.
         InputError: a negative number of classes, or a scale that is not finite and above 0.
     """
 
-    def __init__(self, path: str, *, num_classes: int = 1000, scale: float = 0.18215) -> None:
+    def __init__(self, path: str, *, num_classes: int = 1000, scale: float = 0.18215, images: bool = False) -> None:
         if num_classes < 0 or not 0 < scale < math.inf:
             raise InputError(f"got num_classes {num_classes}, scale {scale}; expected 0 or more, and a scale above 0")
-        self.num_classes, self.scale = num_classes, float(scale)
-        files = _files(Path(path))
-        read = [_read(file, num_classes) for file in files]
-        key, shape = read[0][0], read[0][1].shape
-        for other, packed in read:
-            if (other, packed.shape) != (key, shape):
+        self.num_classes, self.scale, self.images = num_classes, float(scale), images
+        self.files = tuple(_read(file, num_classes, images) for file in _files(Path(path)))
+        first = self.files[0]
+        for other in self.files:
+            if other.sample != first.sample:
                 raise DataError(
-                    f"got {other} in {packed.path}, which give samples of shape {packed.shape}, beside {key} in "
-                    f"{files[0]}, which give {shape}; keep each kind in a folder of its own"
+                    f"got {_words(*other.sample)} in {other.path} beside {_words(*first.sample)} in {first.path}; "
+                    "keep each kind in a folder of its own"
                 )
-        self.kind, self.files, self.shape = key, tuple(packed for _, packed in read), shape
-        self._ends = np.cumsum([len(packed.rows) for packed in self.files])
+        channels, height, width = first.values.shape
+        self.shape = (channels, height, width)
+        self._ends = np.cumsum([len(packed.labels) for packed in self.files])
         self._labels = torch.cat([packed.labels for packed in self.files])
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
     def batch(self, indices: Indices) -> Batch:
-        """Return scaled latents, labels and indices."""
+        """Return scaled latents, labels and indices, and images if the data set was built with them."""
         index = as_indices(indices, len(self))
-        rows = index.numpy()
-        holders = np.searchsorted(self._ends, rows, side="right")
-        latents = torch.empty(len(rows), *self.shape)
+        data = self._gather([packed.values for packed in self.files], index.numpy(), torch.float32)
+        batch = {"data": data.mul_(self.scale), "label": self._labels[index], "index": index}
+        images = [packed.images for packed in self.files if packed.images is not None]
+        return {**batch, "image": self._gather(images, index.numpy(), torch.uint8)} if images else batch
+
+    def _gather(self, columns: Sequence[Rows], index: NDArray[np.int64], dtype: torch.dtype) -> Tensor:
+        """Return rows that lie in several files, (N, *S)."""
+        gathered = torch.empty(len(index), *columns[0].shape, dtype=dtype)
+        holders = np.searchsorted(self._ends, index, side="right")
         for number in np.unique(holders):
-            chosen = np.flatnonzero(holders == number)
-            packed = self.files[number]
-            values = packed.values(rows[chosen] - (self._ends[number] - len(packed.rows)))
-            latents[torch.from_numpy(chosen)] = values
-        return {"data": latents.mul_(self.scale), "label": self._labels[index], "index": index}
+            chosen, rows = np.flatnonzero(holders == number), columns[number]
+            first = self._ends[number] - len(rows.bytes)
+            gathered[torch.from_numpy(chosen)] = rows.take(index[chosen] - first).to(dtype)
+        return gathered
 
     @cached_property
     def statistics(self) -> dict[str, Any]:
@@ -126,12 +154,13 @@ class Latents(Dataset):
         """Name, count, shape, scale, and each file's name, rows and hash; one pass over all files, when first asked."""
         return {
             "name": "latents",
-            "kind": self.kind,
+            "kind": self.files[0].kind,
             "count": len(self),
             "shape": list(self.shape),
             "num_classes": self.num_classes,
             "scale": self.scale,
-            "files": [{"file": p.path.name, "rows": len(p.rows), "sha256": _sha256(p.path)} for p in self.files],
+            "images": self.images,
+            "files": [{"file": p.path.name, "rows": len(p.labels), "sha256": _sha256(p.path)} for p in self.files],
         }
 
 
@@ -147,25 +176,48 @@ def _files(path: Path) -> list[Path]:
     return files
 
 
-def _read(path: Path, num_classes: int) -> tuple[str, Packed]:
-    """Map a file, and return the key of its values with what it holds."""
+def _words(kind: str, shape: tuple[int, ...], image: tuple[int, ...] | None) -> str:
+    return f"{kind} of samples of shape {shape}{'' if image is None else f' and images of shape {image}'}"
+
+
+def _read(path: Path, num_classes: int, with_images: bool) -> Packed:
+    """Map a file."""
     try:
         mapped: NDArray[np.uint8] = np.memmap(path, np.uint8, mode="r")
     except (OSError, ValueError) as error:  # the second: an empty file
         raise DataError(f"got {path}, which cannot be read: {error}; pack the latents again") from error
     header, start = _header(path, mapped)
-    keys = [key for key in ("latents", "moments") if key in header]
+    data, keys = mapped[start:], [key for key in ("latents", "moments") if key in header]
     if len(keys) != 1:
         raise DataError(f"got {path} with the keys {sorted(header)}, expected latents or moments, and labels")
-    dtype, shape, values = _tensor(path, keys[0], header, mapped[start:], _FLOATS)
-    parts = 2 if keys[0] == "moments" else 1  # the mean comes first
-    if len(shape) != 4 or not all(shape) or shape[1] % parts:
-        wanted = "(n, 2C, H, W)" if parts == 2 else "(n, C, H, W)"
-        raise DataError(f"got {keys[0]} of shape {shape} in {path}, expected {wanted}, none of them 0")
-    count, channels, height, width = shape
-    labels = _labels(path, header, mapped[start:], count, num_classes) if num_classes else torch.zeros(count).long()
-    rows = values.reshape(count, -1)[:, : len(values) // count // parts]
-    return keys[0], Packed(path, rows, dtype, (channels // parts, height, width), labels)
+    values = _rows(path, keys[0], header, data, _FLOATS)
+    count, (channels, *sides) = len(values.bytes), values.shape
+    if keys[0] == "moments":  # the mean comes first
+        if channels % 2:
+            raise DataError(f"got moments of shape {(count, *values.shape)} in {path}, expected (n, 2C, H, W)")
+        values = Rows(values.bytes[:, : values.bytes.shape[1] // 2], values.dtype, (channels // 2, *sides))
+    images = _images(path, header, data, count) if with_images else None
+    labels = _labels(path, header, data, count, num_classes) if num_classes else torch.zeros(count).long()
+    return Packed(path, keys[0], values, images, labels)
+
+
+def _rows(path: Path, key: str, header: dict[str, Any], data: NDArray[np.uint8], types: Types) -> Rows:
+    dtype, shape, found = _tensor(path, key, header, data, types)
+    if len(shape) != 4 or not all(shape):
+        raise DataError(f"got {key} of shape {shape} in {path}, expected (n, C, H, W), none of them 0")
+    return Rows(found.reshape(shape[0], -1), dtype, shape[1:])
+
+
+def _images(path: Path, header: dict[str, Any], data: NDArray[np.uint8], count: int) -> Rows:
+    if "images" not in header:
+        raise DataError(f"got {path} without images, which are asked for; pack them as well, or set images=false")
+    images = _rows(path, "images", header, data, _BYTES)
+    if len(images.bytes) != count or images.shape[0] != 3:
+        raise DataError(
+            f"got images of shape {(len(images.bytes), *images.shape)} in {path}, expected ({count}, 3, R, R): "
+            "one a row of the latents"
+        )
+    return images
 
 
 def _labels(path: Path, header: dict[str, Any], data: NDArray[np.uint8], rows: int, num_classes: int) -> Tensor:
@@ -201,7 +253,7 @@ def _header(path: Path, mapped: NDArray[np.uint8]) -> tuple[dict[str, Any], int]
 
 
 def _tensor(
-    path: Path, key: str, header: dict[str, Any], data: NDArray[np.uint8], types: dict[str, torch.dtype]
+    path: Path, key: str, header: dict[str, Any], data: NDArray[np.uint8], types: Types
 ) -> tuple[torch.dtype, tuple[int, ...], NDArray[np.uint8]]:
     """Return a tensor's type, shape and bytes, checked against the size of the file."""
     entry = header[key] if isinstance(header[key], dict) else {}

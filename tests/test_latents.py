@@ -99,6 +99,22 @@ def test_unlabelled_data(tmp_path):
     assert latents.num_classes == 0 and latents.batch([2, 0])["label"].tolist() == [0, 0]
 
 
+def test_images_come_with_latents_where_they_are_asked_for(tmp_path):
+    images = torch.randint(256, (5, 3, 4, 2), dtype=torch.uint8)
+    for name, part in (("a", slice(0, 2)), ("b", slice(2, 5))):
+        rows = {"latents": torch.ones(3, 1, 2, 2)[: len(images[part])], "labels": torch.zeros(len(images[part])).long()}
+        save_file({**rows, "images": images[part].clone()}, tmp_path / f"{name}.safetensors")
+    batch = build(tmp_path, images=True).batch([4, 0, 3])
+    assert torch.equal(batch["image"], images[[4, 0, 3]]) and batch["image"].dtype == torch.uint8
+    assert "image" not in build(tmp_path).batch([4])
+    save_file(rows, tmp_path / "b.safetensors")
+    with pytest.raises(DataError, match=r"got .*b\.safetensors without images"):
+        build(tmp_path, images=True)
+    save_file({**rows, "images": torch.zeros(3, 3, 2, 4, dtype=torch.uint8)}, tmp_path / "b.safetensors")
+    with pytest.raises(DataError, match=r"images of shape \(3, 2, 4\) in .*b\.safetensors beside"):
+        build(tmp_path, images=True)
+
+
 def test_a_batch_is_the_callers_own(folder):
     latents = build(folder[0])
     before = latents.batch(range(11))["data"].clone()
@@ -188,6 +204,10 @@ LABELS = {"dtype": "I64", "shape": [2], "data_offsets": [24, 40]}
         ({"labels": {"shape": [2, 1]}}, "labels of shape (2, 1)"),
         ({"labels": {"shape": [1], "data_offsets": [32, 40]}}, "labels of shape (1,)"),
         ({"moments": LATENTS, "latents": None}, "got moments of shape (2, 3, 1, 1)"),
+        ({"images": {"dtype": "U8", "shape": [2, 3, 1, 1], "data_offsets": [0, 24]}}, "images of type U8"),
+        ({"images": {"dtype": "U8", "shape": [1, 3, 2, 1], "data_offsets": [0, 6]}}, "expected (2, 3, R, R)"),
+        ({"images": {"dtype": "U8", "shape": [2, 1, 2, 1], "data_offsets": [0, 4]}}, "expected (2, 3, R, R)"),
+        ({"images": {"dtype": "F32", "shape": [2, 3, 1, 1], "data_offsets": [0, 24]}}, "images of type 'F32'"),
     ],
 )
 def test_a_forged_header_is_refused(changes, said, tmp_path):
@@ -195,7 +215,7 @@ def test_a_forged_header_is_refused(changes, said, tmp_path):
     for key, change in changes.items():
         header[key] = {**header.get(key, {}), **change} if isinstance(change, dict) else change
     pack(tmp_path / "x.safetensors", {key: entry for key, entry in header.items() if entry is not None}, bytes(40))
-    assert said in refusal(tmp_path / "x.safetensors")
+    assert said in refusal(tmp_path / "x.safetensors", images="images" in header)
 
 
 @pytest.mark.parametrize(
@@ -229,7 +249,7 @@ def test_labels_out_of_range_are_refused(label, tmp_path):
 @pytest.mark.parametrize(("key", "shape"), [("latents", (3, 7, 5)), ("moments", (6, 5, 7))])
 def test_shards_that_differ_are_refused(key, shape, folder):
     shard(folder[0] / "d.safetensors", 2, key=key, shape=shape)
-    with pytest.raises(DataError, match=rf"got {key} in .*d\.safetensors.*beside latents in .*a\.safetensors"):
+    with pytest.raises(DataError, match=rf"got {key} of .*d\.safetensors beside latents of .*a\.safetensors"):
         build(folder[0])
 
 
