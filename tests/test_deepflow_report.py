@@ -124,6 +124,6 @@ def test_a_report_of_rows_without_figures_has_no_deviation():
 def test_a_row_that_does_not_exist(capsys):
     with pytest.raises(UnknownNameError, match="unknown row 'xl2-3t-sl'; did you mean 'xl2-3t-ssl'"):
         preset("xl2-3t-sl")
-    assert main(["sit-b2", "b2-2t-dept-12"]) == 1
+    assert main(["sit-b2", "b2-2t-dept-12"]) == 2
     told = capsys.readouterr()
     assert "did you mean 'b2-2t-depth-12'?" in told.err and not told.out

@@ -20,7 +20,7 @@ class Figures(NamedTuple):
     Attributes:
         parameters: in millions.
         cost: in 10⁹, as the paper counts; see ``report``.
-        fid: Fréchet distance of 50,000 samples in Inception features, 250 stochastic steps.
+        fid: Fréchet distance in Inception features, of samples of 250 stochastic steps.
         spatial_fid: the same in spatial features.
         inception_score: of the same samples.
     """

@@ -158,7 +158,7 @@ def _largest(deviations: Mapping[str, tuple[float | None, float | None]]) -> Ite
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the report; return 0, or 1 for a row that does not exist."""
+    """Run the report; return 0, or 2 for a row that does not exist."""
     parser = argparse.ArgumentParser(
         prog="python -m pathline.plugins.deepflow.report", description="Sizes and costs beside the paper's figures."
     )
@@ -168,7 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(line)
     except PathlineError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2
     return 0
 
 
