@@ -139,7 +139,7 @@ def _deviation(found: Count, row: Preset) -> tuple[float | None, float | None]:
 
 
 def _known(figure: float | None, width: int) -> str:
-    return f"{'' if figure is None else f'{figure:g}':>{width}}"
+    return f"{'' if figure is None else figure:>{width}}"
 
 
 def _signed(deviation: float | None) -> str:
