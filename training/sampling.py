@@ -75,6 +75,7 @@ def load(path: Path, words: Sequence[str]) -> tuple[Configuration, Parts]:
             raise ConfigurationError(
                 f"got {word!r} for a trained model, expected sample.…, solver.… or guidance.… alone"
             )
+    configuration: Configuration
     fill: Callable[[nn.Module], None]
     if released:
         configuration, fill = read_released(path, words)
