@@ -31,7 +31,8 @@ class Alignment(Velocity):
 
     The cosine is averaged over tokens and encoders. The backbone names the encoders' widths in ``align_dims`` and
     returns ``(velocity, features)`` when called with ``with_features=True``: ``sit`` built with ``align_layer`` does.
-    The first tensor of ``features=`` goes with the first projector, and so on.
+    The first tensor of ``features=`` goes with the first projector, and so on; frozen encoders that give such tensors
+    are in ``pathline.encoders``, and a configuration's section ``encoders`` has training compute them.
 
     Args:
         interpolant: see ``Regression``, as all options but the last.
@@ -119,7 +120,8 @@ def negative_cosine(projected: Sequence[Tensor], encoded: Sequence[Tensor]) -> T
     for ours, theirs in zip(projected, encoded, strict=True):
         if ours.shape != theirs.shape:
             raise InputError(
-                f"got encoder features of shape {tuple(theirs.shape)}, expected {tuple(ours.shape)} (N, T, dim)"
+                f"got encoder features of shape {tuple(theirs.shape)}, expected {tuple(ours.shape)} (N, T, dim); "
+                "for another token grid call encoders.on_grid"
             )
         precision = torch.promote_types(ours.dtype, torch.float32)
         losses.append(

@@ -277,3 +277,37 @@ def test_agreement_with_torchs_cosine_on_a_batch_of_one():
     out = backbone(LINEAR.interpolate(DATA[:1], noise, t), t, label=LABEL[:1], with_features=True)
     expected = -functional.cosine_similarity(out.features[0], features[0], dim=-1).mean(1)
     assert torch.allclose(loss.terms["align"], expected, atol=1e-6)
+
+
+# --- after every cut of a branched network
+
+
+@pytest.mark.parametrize("refiner", ["vera", "gap"])
+def test_each_cut_and_encoder_of_a_branched_network_has_its_own_projector(refiner):
+    """Three branches, two encoders of one width, so that no shape tells a wrong pair: against a loop over both."""
+    width = {"acceleration_width": 5} if refiner == "vera" else {}
+    options = dict(cuts=(1, 2), refiner=refiner, align_dims=(9, 9), align_width=13, **width)
+    backbone = backbones.build("deepflow", **TOY, **options)
+    with torch.no_grad():
+        for parameter in backbone.parameters():
+            parameter.normal_(std=0.2)
+    refined = []
+    for block in backbone.refiners:
+        block.register_forward_hook(lambda _module, _given, out: refined.append(out[1]))
+    features, draws = (*encoded(9), *encoded(9, seed=50)), Draws(4).at(range(5))
+    objective = objectives.build("deepflow", interpolant=LINEAR, label_dropout=0.0, align=0.6, acceleration=0.0)
+    loss = objective(backbone, DATA, draws, label=LABEL, features=features)
+    found = torch.zeros(5)
+    assert len(refined) == 2
+    for cut in range(2):
+        for encoder in range(2):
+            first, _, second, _, third = backbone.projectors[cut][encoder]
+            y = functional.silu(refined[cut] @ first.weight.T + first.bias)
+            y = functional.silu(y @ second.weight.T + second.bias) @ third.weight.T + third.bias
+            for token in range(TOKENS):
+                found -= cosine_by_hand(y[:, token], features[encoder][:, token]) / (2 * 2 * TOKENS)
+    assert torch.allclose(loss.terms["align"], found, atol=1e-5)
+    deep = loss.terms["deep"]
+    assert torch.allclose(loss.total, (deep + 0.6 * found).mean(), atol=1e-5)
+    swapped = objective(backbone, DATA, draws, label=LABEL, features=features[::-1]).terms["align"]
+    assert float((swapped - found).detach().abs().min()) > 1e-4
