@@ -320,12 +320,12 @@ def _second_rates(path: Interpolant, t: Tensor) -> tuple[Tensor, Tensor]:
 
 @lru_cache(maxsize=256)
 def _open_accelerations(path: Interpolant) -> tuple[float, ...]:
-    found = ((t, _second_rates(path, torch.tensor(t, dtype=torch.float64))) for t in _ENDS)
+    found = ((t, _second_rates(path, torch.tensor(t, dtype=torch.float64, device="cpu"))) for t in _ENDS)
     return tuple(t for t, rates in found if not all(rate.isfinite() for rate in rates))
 
 
 def _at(path: Interpolant, t: float) -> Coefficients:
-    return path.evaluate(torch.tensor(t, dtype=torch.float64))
+    return path.evaluate(torch.tensor(t, dtype=torch.float64, device="cpu"))  # whatever the default device
 
 
 @lru_cache(maxsize=256)

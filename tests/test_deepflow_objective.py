@@ -456,21 +456,31 @@ def test_bad_options(options, message):
         build(**options)
 
 
-def test_backbones_without_an_acceleration():
-    class Without(nn.Module):
-        cuts, has_acceleration, refiner = (1,), False, "gap"
-
-        def forward(self, x, t, branch_times, **conditions):
-            return Branches((x, x * t[0]), (), ())
-
+@pytest.mark.parametrize("refiner", ["gap", "none"])
+def test_backbones_without_an_acceleration(refiner):
+    made = backbones.build("deepflow", **TOY, cuts=(1, 3), refiner=refiner)
     draws = Draws(0).at(range(5))
     for options in ({}, dict(acceleration=0.0, material=0.5), dict(material=0.5)):
-        with pytest.raises(InputError, match=r"for a backbone with refiner 'gap', which has no acceleration; set both"):
-            build(**options)(Without(), DATA, draws)
-    assert set(build(acceleration=0.0)(Without(), DATA, draws).terms) == {"deep"}
+        with pytest.raises(
+            InputError, match="for a backbone whose branches say no acceleration, as with refiner 'gap'"
+        ):
+            build(**options)(made, DATA, draws, label=LABEL)
+    loss = build(acceleration=0.0)(made, DATA, draws, label=LABEL)
+    assert set(loss.terms) == {"deep"}
+    loss.total.backward()
+    assert all(p.grad is not None for p in made.parameters() if p.requires_grad)
     with pytest.raises(InputError, match=r"got material 0.5 for a backbone of one branch, which has no acceleration"):
         build(material=0.5)(network(cuts=()), DATA, draws, label=LABEL)
     assert set(build()(network(cuts=()), DATA, draws, label=LABEL).terms) == {"deep"}  # as ``velocity``
+
+
+@pytest.mark.parametrize("options", [dict(refiner="addition"), dict(refiner="acceleration"), dict(shared_heads=False)])
+def test_every_accelerating_backbone_trains_both_terms(options):
+    made = network(**options)
+    loss = build(material=0.5)(made, DATA, Draws(0).at(range(5)), label=LABEL)
+    assert set(loss.terms) == {"deep", "acceleration", "material"}
+    loss.total.backward()
+    assert all(p.grad is not None for p in made.parameters() if p.requires_grad)
 
 
 def test_bad_derivatives():

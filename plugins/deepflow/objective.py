@@ -258,8 +258,8 @@ class DeepFlowObjective(Objective):
             raise InputError(f"got material {material} for a backbone of one branch, which has no acceleration; set 0")
         if branches > 1 and (weight or material) and backbone_attribute(backbone, "has_acceleration") is False:
             raise InputError(
-                f"got acceleration {weight} and material {material} for a backbone with refiner "
-                f"{backbone_attribute(backbone, 'refiner')!r}, which has no acceleration; set both to 0"
+                f"got acceleration {weight} and material {material} for a backbone whose branches say no acceleration, "
+                "as with refiner 'gap' or 'none'; set both to 0, or build it with refiner 'vera'"
             )
 
     def _align(self, out: Branches, features: Sequence[Tensor]) -> Tensor:
