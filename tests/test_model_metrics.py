@@ -223,7 +223,8 @@ def test_another_kind_than_the_predicted_one():
     for b, mean in enumerate(record.rows[0].means[:3]):
         assert (0.5 * (b / 4) / (1 - b / 4)) ** 2 <= mean * (1 + 1e-9)
         assert mean < (0.5 * ((b + 1) / 4) / (1 - (b + 1) / 4)) ** 2
-    assert math.isfinite(record.rows[0].means[3])  # the end at which data cannot be had is kept away from
+    # the end at which data cannot be had is kept away from
+    assert record.times == pytest.approx([(b + 0.5) / 4 * 0.999 for b in range(4)], rel=1e-12)
 
 
 def test_losses_refuse_what_does_not_fit():
@@ -309,6 +310,9 @@ def test_merging_unlike_metrics():
         one.merge(measured("feature-distance", flow, solver=SOLVER, distance="cosine"))
     with pytest.raises(InputError, match="got rows layer 0, layer 1 at 4 times after layer 0, layer 1, layer 2"):
         one.merge(measured("feature-distance", Flow(Turning((0.1, 0.2)), LINEAR), solver=SOLVER))
+    shifted = {**SOLVER, "grid": {"name": "shifted", "shift": 3.0}}
+    with pytest.raises(InputError, match=r"at 4 times after .*; measure one network, with a solver of fixed steps"):
+        one.merge(measured("feature-distance", flow, solver=shifted))
     assert one.count == 5
 
 
