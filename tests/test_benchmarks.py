@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from pathline import solvers
+from pathline.backbones.layers import math_attention
 
 ROOT = Path(__file__).parent.parent
 OPTIONS = {"ode": {"method": "euler"}, "sde": {"method": "euler"}}
@@ -53,6 +54,31 @@ def test_the_benchmark_reports_bars(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert "≤ bare: MISSED" in lines[-2] and "≤ bare: met" in lines[-1]
     assert len(bench.own_rows((2, 1, 2, 2))) == len(bench.ODES) + len(bench.SDES)
+
+
+def test_the_cost_of_deepflow(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    bench = load("deepflow")
+    case = bench.Case("W 10", 24, 2, 4, 10, batch=3, side=6, step=0.0, sampling=1e9)  # 9 tokens
+    monkeypatch.setattr(bench, "CASES", [case])
+    monkeypatch.setattr(bench, "RESULTS", tmp_path / "RESULTS.md")
+    assert bench.main(["--device", "cpu", "--repetitions", "1", "--record"]) == 1
+    printed, recorded = capsys.readouterr().out, (tmp_path / "RESULTS.md").read_text()
+    assert recorded.strip() in printed and printed.splitlines()[-1] == "1 bars missed"
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in recorded.splitlines() if "|" in line]
+    assert [row[0] for row in cells[2:]] == ["forward", "backward", "optimizer", "step", "sampling", "guided"]
+    assert cells[5][-1] == "≤ 0.0: MISSED" and cells[6][-1] == "≤ 1000000000.0: met"
+    assert "tokens × tokens in a step and a call of DeepFlow: none" in recorded
+    model = bench.Model(case, "deepflow", torch.device("cpu"))
+    with math_attention():
+        assert "aten::_softmax" in bench.maps(model.call, 9)  # the check sees a map where there is one
+    blocks = 4 * (24 * 24 * 9 * 12 + 9 * 9 * 24 * 2 + 24 * 24 * 6)  # of the trunk, and what is modulated
+    ends = 9 * 24 * (16 + 16) + 24 * 24 * 2 + 256 * 24 + 24 * 24
+    plain = bench.Model(case, "sit", torch.device("cpu"))
+    assert plain.work()["sampling"] == 3 * (blocks + ends)
+    gap = 256 * 48 + 48 * 48 + 48 * 96
+    refined = 9 * (24 * 10 + 10 * 20 + 20 * 10 + 10 * 24 + 48 * 48 + 48 * 24 + 24 * 24 * 4) + 9 * 9 * 24 * 2
+    assert model.work()["sampling"] == 3 * (blocks + ends + gap + refined)
 
 
 def test_every_solver_is_on_the_page():
