@@ -24,7 +24,6 @@ class Preset(NamedTuple):
         model: name of a ViT in timm, with the tag of its weights.
         colours: mean and standard deviation of each channel, for values in [0, 1]; None for what timm tells.
         final_norm: whether tokens are taken after the last norm; REPA leaves it out for MAE and CLIP.
-        normalise_first: whether colours are normalised before images are resized, as REPA has it for all but CLIP.
         changes: options in which the model differs from timm's.
         local: whether the weights are the authors' MoCo v3 checkpoints, which timm's hub does not have.
     """
@@ -32,7 +31,6 @@ class Preset(NamedTuple):
     model: str
     colours: tuple[Colour, Colour] | None = IMAGENET
     final_norm: bool = True
-    normalise_first: bool = True
     changes: Mapping[str, Any] = MappingProxyType({})
     local: bool = False
 
@@ -48,8 +46,8 @@ PRESETS: dict[str, Preset] = {
     "dinov2-reg-g": Preset("vit_giant_patch14_reg4_dinov2.lvd142m"),
     "dino-b": Preset("vit_base_patch16_224.dino"),
     # OpenAI's weights were trained with QuickGELU, which timm's names without the word do not have
-    "clip-b": Preset("vit_base_patch16_clip_quickgelu_224.openai", CLIP, final_norm=False, normalise_first=False),
-    "clip-l": Preset("vit_large_patch14_clip_quickgelu_224.openai", CLIP, final_norm=False, normalise_first=False),
+    "clip-b": Preset("vit_base_patch16_clip_quickgelu_224.openai", CLIP, final_norm=False),
+    "clip-l": Preset("vit_large_patch14_clip_quickgelu_224.openai", CLIP, final_norm=False),
     "mae-b": Preset("vit_base_patch16_224.mae", final_norm=False),
     "mae-l": Preset("vit_large_patch16_224.mae", final_norm=False),
     "mae-h": Preset("vit_huge_patch14_224.mae", final_norm=False),

@@ -113,15 +113,15 @@ class PatchEncoder(Encoder):
         return tokens[:, first:]
 
     def prepare(self, images: Tensor) -> Tensor:
-        """Return checked images as the network is shown them, (N, 3, *size)."""
+        """Return checked images as the network is shown them, (N, 3, *size).
+
+        Colours are normalised first, as REPA has it for all but CLIP; the other order gives the same but for rounding,
+        for the weights of an interpolation sum to 1.
+        """
         x = unit_images(images)
         if tuple(x.shape[-2:]) != self.resolution:
             x = functional.interpolate(x, self.resolution, mode="bicubic", antialias=True).clamp(0, 1)
-        if self.preset.normalise_first:
-            return self._shown((x - self.mean) / self.std)
-        return (self._shown(x) - self.mean) / self.std
-
-    def _shown(self, x: Tensor) -> Tensor:
+        x = (x - self.mean) / self.std
         return x if tuple(x.shape[-2:]) == self.size else functional.interpolate(x, self.size, mode="bicubic")
 
 

@@ -157,7 +157,7 @@ def test_images_of_both_types_are_the_same_images():
 
 @pytest.mark.parametrize(("name", "first"), [("dinov2-s", True), ("clip-l", False)])
 def test_order_and_size_of_preprocessing(name, first, monkeypatch):
-    """Normalised, then resized by 14/16, as REPA; CLIP the other way round. Bicubic without antialiasing."""
+    """Normalised, then resized by 14/16, as REPA; CLIP there the other way round. Bicubic without antialiasing."""
     encoder = on_meta(monkeypatch, name, resolution=(64, 96))
     colours = CLIP if name == "clip-l" else IMAGENET
     for key, value in zip(("mean", "std"), colours, strict=True):
