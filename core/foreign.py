@@ -62,8 +62,14 @@ def read_named(path: Path, key: str | None) -> tuple[str | None, dict[str, Tenso
 
 
 def _unpickled(path: Path) -> Any:
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    """Load a pickle with one class allowed beside tensors, whatever other libraries have allowed."""
+    others = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    finally:
+        torch.serialization.add_safe_globals(others)
 
 
 def _chosen(content: Any, key: str | None, path: Path) -> tuple[str | None, dict[str, Any]]:

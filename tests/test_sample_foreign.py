@@ -222,6 +222,25 @@ def test_names_of_default_outputs_tell_files_apart(released, tmp_path):
         assert (tmp_path / f"samples-{name}-heun-3-seed-3.npz").exists()
 
 
+def test_training_goes_on_from_released_weights(released, parity, tmp_path):
+    """Converted once, as training starts from weights of ours: after a step of no length samples are the file's."""
+    from safetensors.torch import save_file
+
+    from pathline.train import main as train
+
+    made = weights.network(weights.read(released("sit")), "sit", num_heads=4)
+    save_file(made.state_dict(), tmp_path / "start.safetensors")
+    told, _, record = drawn(
+        tmp_path / "sit.pt", tmp_path / "a.npz", *HEUN, "weights.family=sit", "backbone.num_heads=4"
+    )
+    c = {name: record["configuration"][name] for name in ("data", "backbone", "objective")}
+    (tmp_path / "c.yaml").write_text(json.dumps({**c, "train": {"steps": 1, "folder": str(tmp_path / "run")}}))
+    words = ["train.global_batch=2", "optim.lr=1e-12", f"train.initialize_from={tmp_path / 'start.safetensors'}"]
+    assert train([str(tmp_path / "c.yaml"), *words, "train.accelerator=cpu"]) == 0
+    x, _, _ = drawn(tmp_path / "run", tmp_path / "b.npz", *HEUN)
+    assert torch.allclose(x, told, atol=1e-4)
+
+
 def test_latents_are_not_measured_as_images(released, tmp_path, capsys):
     drawn(released("sit"), tmp_path / "out.npz", "weights.family=sit", "backbone.num_heads=4", *HEUN)
     capsys.readouterr()

@@ -304,13 +304,6 @@ def test_what_weights_tell_and_what_they_do_not():
     assert weights.describe(wide, clamp_gap=False)["num_heads"] == 6
 
 
-def test_a_shallow_acceleration_mlp_is_told_by_its_widths():
-    sizes = dict(input_size=4, hidden_size=16, num_heads=2, depth=2, cuts=(1,), num_classes=3)
-    made = backbones.build("deepflow", **sizes, acceleration_width=(10,))
-    state = weights.convert(made.state_dict(), to="deepflow")
-    assert weights.describe(state, num_heads=2, clamp_gap=False)["acceleration_width"] == [10]
-
-
 def test_projectors_that_do_not_pair_up():
     state = drawn(**CASES["two encoders and the clamp"])
     odd = {key: value for key, value in state.items() if not key.startswith("projectors.3.")}

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from pathline import Flow, InputError, WeightsError, backbones, interpolants, weights
-from pathline.core.layouts import trunk_facts
 
 FORWARD = 2e-5
 
@@ -191,55 +190,6 @@ def test_families_that_their_keys_do_not_tell_must_be_named(parity, aligned):
     assert weights.component(state, "repa", num_heads=4)["name"] == "sit"
     wrappers = [weights.component(state, name, num_heads=4)["name"] for name in ("sit", "dit")]
     assert wrappers == ["reversed-clock", "dit-clock"]
-
-
-def test_what_sit_tells(parity):
-    state = parity("sit").state
-    depth = parity("sit").description["config"]["depth"]
-    assert weights.describe(state, "sit", num_heads=4) == {
-        "name": "sit",
-        "hidden_size": 48,
-        "depth": depth,
-        "patch_size": 2,
-        "in_channels": 4,
-        "num_classes": 10,
-        "mlp_ratio": 4.0,
-        "input_size": 8,
-        "num_heads": 4,
-    }
-    wide = {"positions": torch.zeros(1, 15, 1152), "patches.projection.weight": torch.zeros(1152, 3, 2, 2)}
-    wide["blocks.0.mlp.hidden.weight"] = torch.zeros(2304, 1152)
-    told, unknown = trunk_facts(wide)
-    assert (told["num_heads"], told["mlp_ratio"], told["num_classes"], "input_size" in told) == (16, 2.0, 0, False)
-    assert unknown == {"input_size": "15 positions are no square"}
-    told, unknown = trunk_facts({**wide, "blocks.0.attention.query_norm.weight": torch.zeros(96)})
-    assert told["query_key_norm"] and told["num_heads"] == 12
-    without = {key: value for key, value in state.items() if key != "pos_embed"}
-    with pytest.raises(WeightsError, match=r"give backbone.input_size \(there is no table of positions\)"):
-        weights.describe(without, "sit", num_heads=4)
-    assert weights.network(without, "sit", num_heads=4, input_size=8).input_shape == (4, 8, 8)
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "said"),
-    [
-        ("x_embedder.proj.weight", None, "without what becomes patches.projection.weight"),
-        ("x_embedder.proj.weight", torch.zeros(48), "got patches.projection.weight of shape \\(48,\\), expected 4"),
-        ("x_embedder.proj.weight", torch.zeros(48, 4, 2, 3), "got patches of 2 × 3"),
-        ("x_embedder.proj.weight", torch.zeros(48, 0, 2, 2), "expected 4 dimensions"),
-        ("y_embedder.embedding_table.weight", torch.zeros(5), "got labels.weight of shape \\(5,\\), expected 2"),
-        ("blocks.0.mlp.fc1.weight", None, "without what becomes blocks.0.mlp.hidden.weight"),
-        ("pos_embed", torch.zeros(()), "got positions of shape \\(\\), expected 3 dimensions"),
-    ],
-)
-def test_weights_that_tell_no_size(key, value, said, parity):
-    state = dict(parity("sit").state)
-    if value is None:
-        del state[key]
-    else:
-        state[key] = value
-    with pytest.raises(WeightsError, match=said):
-        weights.describe(state, "sit", num_heads=4)
 
 
 def test_all_that_does_not_fit_is_one_error(parity):

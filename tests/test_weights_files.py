@@ -183,6 +183,19 @@ def test_no_other_class_than_a_namespace(tmp_path):
     assert same(read(tmp_path, {"ema": STATE, "args": argparse.Namespace(inner=argparse.Namespace(a=1))}), STATE)
 
 
+def test_what_other_libraries_allow_is_not_allowed_here(tmp_path):
+    """And stays allowed to them."""
+    before = torch.serialization.get_safe_globals()
+    with torch.serialization.safe_globals([types.SimpleNamespace]):
+        with pytest.raises(WeightsError, match="cannot be read as weights alone"):
+            read(tmp_path, {"ema": STATE, "args": types.SimpleNamespace(a=1)})
+        assert torch.load(tmp_path / "a.pt", weights_only=True)["args"].a == 1
+    jagged = torch.nested.nested_tensor([torch.zeros(2, 3), torch.zeros(5, 3)], layout=torch.jagged)
+    with pytest.raises(WeightsError, match="cannot be read as weights alone"):
+        read(tmp_path, {**STATE, "w": jagged})
+    assert {*torch.serialization.get_safe_globals()} == {*before}
+
+
 @pytest.mark.parametrize("name", ["a.pt", "old.pt", "a.safetensors"])
 def test_damaged_files(name, tmp_path):
     """Cut anywhere, or empty, or other bytes: an error that names the file, never another."""
