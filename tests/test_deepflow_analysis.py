@@ -310,7 +310,7 @@ def test_the_command_writes_what_the_library_measures(run, tmp_path, capsys):
 
 def test_a_plain_run_has_the_metrics_of_the_core(plain_run, capsys):
     pytest.importorskip("matplotlib")
-    assert main([str(plain_run), "--count", "3", "--steps", "2", "--bins", "2", "--split", "train"]) == 0
+    assert main([str(plain_run), "data.split=train", "--count", "3", "--steps", "2", "--bins", "2"]) == 0
     printed = capsys.readouterr().out
     assert printed.count("left out ") == 4 and "left out branch-losses: got a SiT of one branch" in printed
     out = plain_run / "analysis"  # beside the checkpoints
@@ -324,7 +324,7 @@ def test_an_average_is_chosen_by_name(run, tmp_path):
     pytest.importorskip("matplotlib")
     errors = []
     for average in ("ema", "ema-0.200"):
-        words = ["--metrics", "loss-by-time", "--count", "3", "--bins", "1", "--average", average]
+        words = [f"sample.average={average}", "--metrics", "loss-by-time", "--count", "3", "--bins", "1"]
         assert main([str(run), *words, "--output", str(tmp_path / average)]) == 0
         written = json.loads((tmp_path / average / "analysis.json").read_text())
         assert written["average"] == average
@@ -343,9 +343,10 @@ def test_an_average_is_chosen_by_name(run, tmp_path):
         (["--steps", "0"], "got steps 0"),
         (["--bins", "0"], "got bins 0"),
         (["--distance", "far"], "got distance 'far', expected one of euclidean, normalised, cosine"),
-        (["--split", "test"], "got split 'test', expected one of 'train', 'held-out', 'all'"),
-        (["--average", "nonesuch"], "nonesuch"),
+        (["data.split=test"], "data.split: got 'test'"),
+        (["sample.average=nonesuch"], "sample.average: got 'nonesuch'; Known: ema, ema-0.200"),
         (["--seed", "-1"], "got seed -1"),
+        (["optim.lr=1"], "got 'optim.lr=1' for a trained model"),
     ],
 )
 def test_wrong_input(words, message, plain_run, tmp_path, capsys):

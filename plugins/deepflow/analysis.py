@@ -1,7 +1,8 @@
-"""Look into a trained model: ``python -m pathline.plugins.deepflow.analysis RUN_OR_CHECKPOINT [--metrics …]``.
+"""Look into a trained model: ``python -m pathline.plugins.deepflow.analysis RUN_OR_CHECKPOINT [--metrics …] …``.
 
 Measures every metric of models that applies, on held-out data: those of branches for DeepFlow, the core's for any.
-Writes one picture a metric and ``analysis.json``.
+Writes one picture a metric and ``analysis.json``. A file of another program brings no data: its losses are worth
+nothing unless ``data.…`` names some.
 """
 
 from __future__ import annotations
@@ -33,14 +34,13 @@ __all__ = ["analyse", "main", "measure", "save_plot"]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code: 0, or 2 for a wrong input."""
     parser = argparse.ArgumentParser(prog="pathline.plugins.deepflow.analysis", description=__doc__)
-    parser.add_argument("model", type=Path, help="a run's folder, one checkpoint, or exported weights (.safetensors)")
+    parser.add_argument("model", type=Path, help="a run's folder, one checkpoint, or weights in a file")
+    parser.add_argument("entries", nargs="*", metavar="entry=value", help="as sample.average=ema or data.split=train")
     parser.add_argument("--metrics", nargs="+", metavar="NAME", help="by name; all that apply unless given")
     parser.add_argument("--count", type=int, default=128, help="number of samples")
     parser.add_argument("--steps", type=int, default=250, help="of the SDE solver, for feature-distance")
     parser.add_argument("--distance", default="euclidean", help="euclidean, normalised or cosine, of feature-distance")
     parser.add_argument("--bins", type=int, default=20, help="of time, for all others")
-    parser.add_argument("--split", help="part of the data; held-out where there is one, unless given")
-    parser.add_argument("--average", help="average of the weights by name; the first unless given")
     parser.add_argument("--seed", type=int, default=0, help="of noise and times")
     parser.add_argument("--batch", type=int, default=64, help="samples at once; changes nothing but rounding")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch")
@@ -59,9 +59,9 @@ def analyse(given: argparse.Namespace) -> None:
     torch.set_num_threads(given.threads)
     metrics = _build(given)
     weights = sampling.find(given.model, lambda line: print(f"warning: {line}", file=sys.stderr))
-    average = [] if given.average is None else [f"sample.average={given.average}"]
-    configuration, parts = sampling.load(weights, average)
-    dataset, described = _dataset(configuration.data, given.split)
+    configuration, parts = sampling.load(weights, given.entries)
+    component = _held_out(configuration.data, given.entries)
+    dataset = data.build(component)
     backbone = parts.backbone.to(Fabric(accelerator="auto", devices=1).device)
     flow = Flow(backbone, parts.interpolant, parts.objective.predicts)  # type: ignore[arg-type]  # checked there
     metrics = _applicable(metrics, flow, named=given.metrics is not None)
@@ -73,9 +73,19 @@ def analyse(given: argparse.Namespace) -> None:
         records.append(measure(metric, flow, dataset, given.count, seed=given.seed, batch=given.batch))
         print(f"{models.table(records[-1])}\n")
         save_plot(metric, output / f"{name}.png")
-    written = _record(records, given, weights, described)
+    written = {
+        "version": pathline.__version__,
+        "model": weights.name,
+        "average": configuration.sample.average,
+        "data": component,
+        "seed": given.seed,
+        "metrics": [record.to_json() for record in records],
+    }
     (output / "analysis.json").write_text(json.dumps(written, indent=1))
-    print(f"wrote {output / 'analysis.json'} and " + ", ".join(f"{name}.png" for name in metrics))
+    print(
+        f"measured on the data {component}; wrote {output / 'analysis.json'} and "
+        + ", ".join(f"{name}.png" for name in metrics)
+    )
 
 
 def measure(
@@ -147,26 +157,11 @@ def _applicable(metrics: Mapping[str, ModelMetric], flow: BaseFlow, *, named: bo
     return kept
 
 
-def _dataset(component: Mapping[str, Any], split: str | None) -> tuple[Dataset, dict[str, Any]]:
-    """Return the data to measure on, and their entry: the held-out part where there is one."""
-    parts = "split" in data.registry.entry(component["name"]).options()
-    if split is not None and not parts:
-        raise InputError(f"got split {split!r} for the data {component['name']!r}, which have no parts; leave it out")
-    described = {**component, **({"split": split or "held-out"} if parts else {})}
-    return data.build(described), described
-
-
-def _record(
-    records: Sequence[ModelRecord], given: argparse.Namespace, weights: Path, described: Mapping[str, Any]
-) -> dict[str, Any]:
-    return {
-        "version": pathline.__version__,
-        "model": weights.name,
-        "average": given.average,
-        "data": described,
-        "seed": given.seed,
-        "metrics": [record.to_json() for record in records],
-    }
+def _held_out(component: Mapping[str, Any], entries: Sequence[str]) -> dict[str, Any]:
+    """Return the data set's entry, with its held-out part where there is one and none was asked for."""
+    split = "split" in data.registry.entry(component["name"]).options()
+    asked = any(entry.startswith("data.split=") for entry in entries)
+    return {**component, **({"split": "held-out"} if split and not asked else {})}
 
 
 if __name__ == "__main__":
