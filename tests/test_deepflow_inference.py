@@ -380,6 +380,30 @@ def test_samples_at_times_of_their_own_have_accelerations_too(flow):
     close(prediction.velocity, torch.stack((out.velocities[2][0], out.velocities[0][1])))
 
 
+def test_a_taylor_solve_can_be_differentiated():
+    """By central differences in float64."""
+    solver, flow, x = solvers.build("taylor", steps=3), Flow(network().double(), LINEAR), X.double()
+    d = 1e-6 * torch.randn(X.shape, dtype=torch.float64)
+    leaf = x.clone().requires_grad_()
+    end = solver.solve(flow, leaf, gradients=True, label=LABEL).x
+    (gradient,) = torch.autograd.grad(end.sin().sum(), leaf)
+    ahead, behind = (solver(flow, x + sign * d, label=LABEL).sin().sum() for sign in (1, -1))
+    assert float((gradient * d).sum()) == pytest.approx(float(ahead - behind) / 2, rel=1e-5)
+    assert torch.equal(solver(flow, x, label=LABEL), end.detach())
+
+
+def test_a_bfloat16_network_with_a_float32_state():
+    """Exits, looks ahead, guides and steps in the network's precision; states keep theirs."""
+    for guide in (dict(name="branch", branch=2), dict(name="look-ahead", gap=0.1), dict(name="internal", branch=2)):
+        flow = guidance.build({**guide})(Flow(network().bfloat16(), LINEAR))
+        solution = solvers.build("taylor", steps=3).solve(flow, X, label=LABEL, trajectory=True)
+        assert solution.x.dtype == torch.float32 and solution.trajectory.shape == (4, *X.shape)
+        assert torch.equal(solution.trajectory[0], X) and torch.equal(solution.trajectory[-1], solution.x)
+        exact = guidance.build({**guide})(Flow(NETWORK, LINEAR))
+        wanted = solvers.build("taylor", steps=3)(exact, X, label=LABEL)
+        assert float((solution.x - wanted).norm() / (wanted - X).norm()) < 0.1
+
+
 def test_a_taylor_step_that_fails_says_where():
     class Breaking(Gaussians):
         def forward(self, x, t, **given):
