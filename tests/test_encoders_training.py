@@ -220,6 +220,20 @@ def test_tokens_that_are_not_finite_skip_the_step(small, tmp_path):
     assert not equal(weights_of(trainer), before) and not trainer.state.window.read()
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_train_as_one(strategy, small, other, tmp_path, processes):
+    """Each encodes its own half of a batch; no process holds a part of an encoder."""
+    given = [small(), other()]
+    one = weights_of(trained(tmp_path / "one", given, "deepflow", (64, 96)))
+    spread = {"devices": 2, "strategy": strategy, "timeout": 30.0}
+    c = configuration(tmp_path / "two", given, "deepflow", (64, 96), train=spread)
+    processes(2, lambda: Trainer(c).run(), timeout=120).checked()
+    two = checkpoints.read(tmp_path / "two" / "checkpoints" / "step-000000004").tensors["model"]
+    assert max(float((two[key] - value).abs().max()) for key, value in one.items()) < 2e-6
+
+
 # --- a resumed run
 
 
