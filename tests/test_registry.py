@@ -161,5 +161,6 @@ def test_names_users_rely_on():
     assert grids == set(solvers.grids.names())
     diffusions = {"constant", "sbdm", "sigma", "linear", "decreasing", "increasing-decreasing"}
     assert diffusions == set(solvers.diffusions.names())
-    assert {"classifier-free", "autoguidance", "cfg-zero", "apg"} == set(solvers.guidance.names())
+    core, branches = {"classifier-free", "autoguidance", "cfg-zero", "apg"}, {"branch", "look-ahead", "internal"}
+    assert core | branches == set(solvers.guidance.names())
     assert interpolants.registry.aliases()["rectified"] == "linear"
