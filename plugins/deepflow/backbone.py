@@ -196,11 +196,11 @@ class DeepFlow(Backbone):
         space, context = self.trunk.embed(x), self.trunk.context(**conditions)
         tokens, condition, gap = space, self.trunk.condition(times[0], **conditions), None
         velocities, accelerations, features = [], [], []
-        blocks, ends = list(self.trunk.blocks), (*self.cuts, len(self.trunk.blocks))
+        blocks, ends = list(self.trunk.blocks), (0, *self.cuts, len(self.trunk.blocks))
         for branch in range(1, asked.last + 1):
             if branch > 1 and branch_times is not None:  # else every branch has one time, and with it one condition
                 condition = self.trunk.condition(times[branch - 1], **conditions)
-            for block in blocks[0 if branch == 1 else ends[branch - 2] : ends[branch - 1]]:
+            for block in blocks[ends[branch - 1] : ends[branch]]:
                 tokens, context = block(tokens, context, condition)
             ended, acceleration = tokens, None
             if branch < asked.last:
