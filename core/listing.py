@@ -6,12 +6,12 @@ import argparse
 import inspect
 from collections.abc import Iterator, Sequence
 
-from pathline import backbones, data, interpolants, metrics, objectives, solvers
+from pathline import backbones, data, encoders, interpolants, metrics, objectives, solvers
 from pathline.core.registry import Entry, registries
 
 __all__ = ["lines", "main"]
 
-KINDS = (backbones, data, interpolants, metrics, objectives, solvers)  # importing them fills the registries
+KINDS = (backbones, data, encoders, interpolants, metrics, objectives, solvers)  # importing them fills the registries
 
 
 def lines(place: str | None = None) -> Iterator[str]:

@@ -43,6 +43,8 @@ class Dataset(ABC):
     def batch(self, indices: Indices) -> Batch:
         """Return ``data`` (N, C, H, W) float32, ``label`` (N,) int64 and ``index`` (N,) int64.
 
+        Data that are no images may bring those that they were made from, ``image`` (N, 3, H, W) uint8, for encoders.
+
         Raises:
             InputError: an index that does not exist.
             InputTypeError: indices that are not whole numbers.

@@ -118,10 +118,12 @@ class Latents(Dataset):
     def batch(self, indices: Indices) -> Batch:
         """Return scaled latents, labels and indices, and images if the data set was built with them."""
         index = as_indices(indices, len(self))
-        data = self._gather([packed.values for packed in self.files], index.numpy(), torch.float32)
-        batch = {"data": data.mul_(self.scale), "label": self._labels[index], "index": index}
+        batch = {"data": self._latents(index.numpy()), "label": self._labels[index], "index": index}
         images = [packed.images for packed in self.files if packed.images is not None]
         return {**batch, "image": self._gather(images, index.numpy(), torch.uint8)} if images else batch
+
+    def _latents(self, index: NDArray[np.int64]) -> Tensor:
+        return self._gather([packed.values for packed in self.files], index, torch.float32).mul_(self.scale)
 
     def _gather(self, columns: Sequence[Rows], index: NDArray[np.int64], dtype: torch.dtype) -> Tensor:
         """Return rows that lie in several files, (N, *S)."""
@@ -138,7 +140,7 @@ class Latents(Dataset):
         """Mean and standard deviation of each channel, and the range; one pass over all values, when first asked."""
         means, squares, ends = [], [], []
         for start in range(0, len(self), _CHUNK):
-            data = self.batch(range(start, min(start + _CHUNK, len(self))))["data"]
+            data = self._latents(np.arange(start, min(start + _CHUNK, len(self))))
             values = data.double().flatten(2)
             ends += [float(end) for end in torch.aminmax(data)]
             means.append(values.mean(2))
@@ -159,7 +161,6 @@ class Latents(Dataset):
             "shape": list(self.shape),
             "num_classes": self.num_classes,
             "scale": self.scale,
-            "images": self.images,
             "files": [{"file": p.path.name, "rows": len(p.labels), "sha256": _sha256(p.path)} for p in self.files],
         }
 

@@ -83,7 +83,7 @@ def load(path: Path, words: Sequence[str]) -> tuple[Configuration, Parts]:
         configuration = resolve(overrides.apply(_trained_configuration(path).model_dump(mode="json"), words))
         fill = partial(_load_average, path=path, configuration=configuration)
     configuration, loaded = _with_weak_models(configuration)
-    parts = replace(build(loaded), configuration=configuration)
+    parts = replace(build(loaded, training=False), configuration=configuration)
     fill(parts.backbone)
     return configuration, parts
 
