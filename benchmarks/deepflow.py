@@ -12,20 +12,17 @@ the number of tokens twice among its sides, as an attention map has. A missed ba
 from __future__ import annotations
 
 import argparse
-import gc
-import os
 import statistics
-import struct
 import sys
 import time
 from collections.abc import Callable, Sequence
 from datetime import date
 from itertools import pairwise
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from bare import RESULTS, device_name, table
+from footprint import peak_memory, profiled
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
@@ -138,53 +135,12 @@ def timer(device: torch.device) -> Callable[[], float]:
     return wall if device.type == "cuda" else time.process_time
 
 
-def peak_memory(run: Callable[[], object], device: torch.device) -> int:
-    """Return the most bytes that a call holds: of tensors on a GPU, else what a forked process grows by."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return int(torch.cuda.max_memory_allocated()) - before
-    reader, writer = os.pipe()
-    if (child := os.fork()) == 0:
-        try:
-            Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-            before = resident("VmRSS")
-            run()
-            os.write(writer, struct.pack("q", resident("VmHWM") - before))
-        finally:
-            os._exit(0)
-    os.close(writer)
-    with os.fdopen(reader, "rb") as file:
-        content = file.read()
-    os.waitpid(child, 0)
-    if not content:
-        raise RuntimeError("got no word from the process whose memory was to be measured")
-    return int(struct.unpack("q", content)[0])
-
-
-def resident(entry: str) -> int:
-    """Return a size that Linux keeps of this process, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line.split()[1] for line in lines if line.startswith(entry))) * 1024
-
-
 def maps(run: Callable[[], object], tokens: int) -> set[str]:
     """Return the operations of a call that take a tensor with the number of tokens twice among its sides."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as found:
         run()
     shapes = {(event.name, tuple(shape)) for event in found.events() or () for shape in event.input_shapes if shape}
     return {name for name, shape in shapes if shape.count(tokens) > 1}
-
-
-def kernels(run: Callable[[], object]) -> int:
-    """Count the kernels of a call on a GPU; copies and fills by the driver are none."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
-        run()
-        torch.cuda.synchronize()
-    ran = (event.name for event in found.events() or () if event.device_type == torch.autograd.DeviceType.CUDA)
-    return sum(not name.startswith(("Memcpy", "Memset")) for name in ran)
 
 
 class Result(NamedTuple):
@@ -239,8 +195,10 @@ def memories(case: Case, device: torch.device) -> dict[str, tuple[int, ...]]:
         model.train()
 
     return {
-        "step": tuple(peak_memory(lambda name=name: steps(name), device) for name in NETWORKS),
-        "sampling": tuple(peak_memory(lambda name=name: Model(case, name, device).call(), device) for name in NETWORKS),
+        "step": tuple(peak_memory(device.type, lambda name=name: steps(name)) for name in NETWORKS),
+        "sampling": tuple(
+            peak_memory(device.type, lambda name=name: Model(case, name, device).call()) for name in NETWORKS
+        ),
     }
 
 
@@ -253,7 +211,7 @@ def measure(case: Case, memory: dict[str, tuple[int, ...]], device: torch.device
     parts = turns[0][0]
     plain, ours = ({part: statistics.median(both[i][part] for both in turns[1:]) for part in parts} for i in range(2))
     found = maps(models[1].train, case.tokens) | maps(models[1].call, case.tokens)
-    counts = (kernels(models[0].call), kernels(models[1].call)) if device.type == "cuda" else None
+    counts = (profiled(models[0].call), profiled(models[1].call)) if device.type == "cuda" else None
     return Result(case, (plain, ours), (models[0].work(), models[1].work()), memory, found, counts)
 
 

@@ -103,13 +103,13 @@ def test_a_part_is_not_charged_for_the_parts_within_it(load):
 
 def test_what_counts_as_a_kernel(load):
     names = ["Memcpy HtoD (Pinned -> Device)", "ampere_sgemm_128x64_tn", "Memset (Device)", "vectorized_elementwise"]
-    assert load("training").kernels(names) == 2
+    assert load("footprint").kernels(names) == 2
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux tells of a process")
 def test_peak_memory_is_what_a_call_held_at_once(load):
     """Twice 48 MiB, one after the other, and 32 MiB beside the second."""
-    bench = load("training")
+    bench = load("footprint")
 
     def run():
         torch.ones(12 * 2**20)
