@@ -26,12 +26,7 @@ Mix = Callable[[Tensor], Tensor]
 
 @dataclass
 class Spent:
-    """What was spent on a network so far.
-
-    Attributes:
-        calls: of the network, one on a doubled batch counted once.
-        blocks: transformer blocks that these calls ran.
-    """
+    """What was spent on a network so far: its calls, and the transformer blocks that they ran."""
 
     calls: int = 0
     blocks: int = 0
@@ -186,6 +181,9 @@ class Flow(BaseFlow):
         backbone: ``backbone(x, t, **conditions)`` of x's shape; see ``pathline.backbones``.
         interpolant: the path it was trained on.
         predicts: what it predicts: ``velocity``, ``score``, ``noise`` or ``data``.
+
+    Attributes:
+        depth: transformer blocks that one call of the network runs; None if it does not tell.
     """
 
     def __init__(self, backbone: nn.Module, interpolant: Interpolant, predicts: Kind = "velocity") -> None:
@@ -194,6 +192,8 @@ class Flow(BaseFlow):
         check_kinds(predicts)
         check_path(interpolant).check_conversion(predicts, predicts)
         self.backbone, self.interpolant, self.predicts = backbone, interpolant, predicts
+        depth = getattr(backbone, "depth", None)
+        self.depth: int | None = depth if isinstance(depth, int) else None
         self._bound: dict[str, Any] = {}
         self._spent = Spent()
 
@@ -206,12 +206,6 @@ class Flow(BaseFlow):
     def block_evaluations(self) -> int | None:
         """See ``BaseFlow``; those of bound copies included."""
         return None if self.depth is None else self._spent.blocks
-
-    @property
-    def depth(self) -> int | None:
-        """Transformer blocks that one call of the network runs; None if it does not tell."""
-        depth = getattr(self.backbone, "depth", None)
-        return depth if isinstance(depth, int) else None
 
     @property
     def bound(self) -> Conditions:
@@ -242,19 +236,19 @@ class Flow(BaseFlow):
 
     def evaluate(self, x: Tensor, t: Tensor, conditions: Conditions) -> Prediction:
         """Call the network in its own precision; the prediction comes back in x's."""
-        given = {**self._bound, **conditions}
-        (value,) = self.call(lambda x, t: (self.backbone(x, t, **given),), x, t, self.depth or 0)
+        given, times = self._given(x, t)
+        value = self._taken(self.backbone(given, times, **{**self._bound, **conditions}), given, x)
+        self._spent.calls += 1
+        self._spent.blocks += self.depth or 0
         return Prediction(value, x, t, self.interpolant, self.predicts)
 
     def call(
         self, network: Callable[[Tensor, Tensor], tuple[Tensor, ...]], x: Tensor, t: Tensor, blocks: int
     ) -> tuple[Tensor, ...]:
-        """Make one network call, in the network's precision, and count it; return its values in x's.
-
-        For flows that call their backbone otherwise than as ``backbone(x, t, **conditions)``.
+        """Make and count one network call as ``evaluate`` does, for flows that ask their backbone for something else.
 
         Args:
-            network: (x, t) -> values of x's shape; t comes as (N,), on x's device.
+            network: (x, t) -> values of x's shape; called in the network's precision, t of shape (N,) on x's device.
             x: state, (N, *S).
             t: times, (N,) or ().
             blocks: transformer blocks that the call runs.
@@ -262,22 +256,29 @@ class Flow(BaseFlow):
         Raises:
             InputError: a value of another shape than x.
         """
+        given, times = self._given(x, t)
+        values = tuple(self._taken(value, given, x) for value in network(given, times))
+        self._spent.calls += 1
+        self._spent.blocks += blocks
+        return values
+
+    def _given(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the state, and the times of its samples, in the network's precision."""
         dtype, precision = self._network_types
         precision = precision or x.dtype
         if t.ndim == 0 and t.device.type == "cpu":
             times = torch.full(x.shape[:1], float(t), dtype=precision, device=x.device)
         else:
             times = t.to(x.device, precision).expand(x.shape[0])
-        given = x if dtype in (None, x.dtype) else x.to(dtype)
-        values = network(given, times)
-        for value in values:
-            if value.shape != given.shape:
-                raise InputError(
-                    f"got a prediction of shape {tuple(value.shape)} from the backbone, expected {tuple(x.shape)}"
-                )
-        self._spent.calls += 1
-        self._spent.blocks += blocks
-        return tuple(value if value.dtype == x.dtype else value.to(x.dtype) for value in values)
+        return (x if dtype in (None, x.dtype) else x.to(dtype)), times
+
+    def _taken(self, value: Tensor, given: Tensor, x: Tensor) -> Tensor:
+        """Return what the network said of ``given``, in x's precision."""
+        if value.shape != given.shape:
+            raise InputError(
+                f"got a prediction of shape {tuple(value.shape)} from the backbone, expected {tuple(x.shape)}"
+            )
+        return value if value.dtype == x.dtype else value.to(x.dtype)
 
     @cached_property
     def _network_types(self) -> tuple[torch.dtype | None, torch.dtype | None]:
