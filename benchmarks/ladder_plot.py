@@ -11,6 +11,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 COLOURS = ("#222222", "#1b7f4d", "#b8860b", "#7a4fb5", "#c0392b")
 
@@ -41,7 +42,11 @@ def draw(found: Mapping[str, Sequence[Mapping[str, Any]]], costs: Mapping[str, f
     for axes in (left, right):
         axes.set_xscale("log")
         axes.set_yscale("log")
-        axes.grid(alpha=0.25, which="both", lw=0.5)
+        for axis, subs in ((axes.xaxis, (1, 2, 5)), (axes.yaxis, (1, 2, 3, 4, 5, 6, 8))):
+            axis.set_major_locator(LogLocator(subs=subs))
+            axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axis.set_minor_formatter(NullFormatter())
+        axes.grid(alpha=0.25, lw=0.5)
         axes.spines[["top", "right"]].set_visible(False)
     left.legend(frameon=False, fontsize=9)
     picture.parent.mkdir(parents=True, exist_ok=True)
