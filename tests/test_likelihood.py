@@ -132,6 +132,8 @@ def test_a_mixture(path):
 
 def ode_solvers():
     for name in solvers.names():
+        if name == "taylor":  # needs accelerations, which a flow with divergences does not hand on
+            continue
         options = solvers.registry.entry(name).options()
         given = {"steps": 40} if options.get("steps") and name != "ode" else {}
         built = solvers.build(name, **given)

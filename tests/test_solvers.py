@@ -24,7 +24,8 @@ from pathline.solvers.run import Run
 from pathline.testing import GaussianMixture
 
 LINEAR = interpolants.build("linear")
-STEPPED = [name for name in solvers.names() if "grid" in solvers.registry.entry(name).options()]
+UNFIT = ("taylor",)  # needs accelerations; see test_deepflow_inference.py
+STEPPED = [n for n in solvers.names() if n not in UNFIT and "grid" in solvers.registry.entry(n).options()]
 FEATURES = {"ode": {"method": "heun2"}}  # options without which a name has no given steps
 
 
