@@ -17,6 +17,7 @@ from pathline.core.layouts import (
     State,
     WeightFamily,
     distinct,
+    listed,
     matched,
     registry,
     rename,
@@ -48,6 +49,11 @@ _KEYS: Keys = (
 )
 
 
+_VERA = tuple(ours for _, ours in _KEYS if ours.startswith("refiners.{}."))
+_BESIDE = ("middle_head.linear.", "acceleration_head.linear.", "gap.")
+"""What begins the keys of a whole VeRA block in our layout, and of what stands beside it."""
+
+
 @registry.register("deepflow")
 class DeepFlowFamily(WeightFamily):
     """DeepFlow (ByteDance-Seed/DeepFlow), with alignment to one encoder, several or none.
@@ -71,7 +77,22 @@ class DeepFlowFamily(WeightFamily):
         return rename(_by_cut(state), _KEYS, "deepflow")
 
     def from_pathline(self, state: State) -> dict[str, Tensor]:
-        """Rename the keys back."""
+        """Rename the keys back.
+
+        The weights do not carry ``residual``, ``gap_scale``, ``time_scale`` and ``clamp_gap``: the authors' program
+        takes what it has, the normed query and scales of 1, and its clamp is set there.
+
+        Raises:
+            WeightsError: not the weights of whole VeRA blocks with shared heads, which are all that the program has.
+        """
+        cuts = range(max(1, distinct(state, "refiners.")))
+        wanted = (*_BESIDE, *(start.format(cut) for cut in cuts for start in _VERA))
+        missing = [start for start in wanted if not any(key.startswith(start) for key in state)]
+        if missing:
+            raise WeightsError(
+                f"got a network without {listed(missing)}, which its authors' layout has; expected two branches or "
+                "more, refiner 'vera' and shared heads"
+            )
         return _in_a_row(rename(state, swapped(_KEYS), "pathline's deepflow"))
 
     def facts(self, state: State) -> Facts:
