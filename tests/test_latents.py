@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from pathline import DataError, InputError, InputTypeError, data
+from pathline.core.config import resolve
+from pathline.training import Trainer
 
 SHAPE = (3, 5, 7)
 
@@ -138,9 +141,54 @@ def test_statistics_and_manifest_are_fit_for_json_and_true(tmp_path, monkeypatch
     torch.testing.assert_close(torch.tensor(found["std"]).double(), scaled.std((0, 2, 3)), rtol=1e-6, atol=0)
     assert found["range"] == pytest.approx([float(scaled.min()), float(scaled.max())], rel=1e-6)
     manifest = json.loads(json.dumps(latents.manifest))
-    digest = hashlib.sha256((tmp_path / "x.safetensors").read_bytes()).hexdigest()
-    assert manifest["files"] == [{"file": "x.safetensors", "rows": 23, "sha256": digest}]
+    assert [(file["file"], file["rows"]) for file in manifest["files"]] == [("x.safetensors", 23)]
     assert (manifest["count"], manifest["shape"], manifest["kind"]) == (23, list(SHAPE), "latents")
+
+
+@pytest.mark.parametrize("key", ["latents", "moments"])
+def test_the_hash_is_that_of_header_values_and_labels_without_images(key, tmp_path):
+    def digest(**changed):
+        save_file({**rows, **changed}, tmp_path / "x.safetensors")
+        (file,) = build(tmp_path, images=True).manifest["files"]
+        return file["sha256"]
+
+    generator = torch.Generator().manual_seed(0)
+    values, labels = torch.randn(5, 2, 3, 4, generator=generator), torch.tensor([3, 0, 10, 7, 1])
+    images = torch.zeros(5, 3, 7, 2, dtype=torch.uint8)
+    rows = {key: values, "labels": labels, "images": images}
+    first = digest()
+    content = (tmp_path / "x.safetensors").read_bytes()
+    header = content[: 8 + int.from_bytes(content[:8], "little")]
+    expected = hashlib.sha256(header + values.numpy().tobytes() + labels.numpy().tobytes())
+    assert first == expected.hexdigest() == digest(images=images + 1)
+    other = values.clone()
+    other[4, 1, 2, 3] += 1  # of moments a variance
+    assert (
+        len({first, digest(**{key: other}), digest(labels=labels.flip(0)), digest(images=images[:, :, :6].clone())})
+        == 4
+    )
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_rows_that_are_not_finite_are_left_out_of_the_statistics_and_named(wrong, tmp_path, monkeypatch):
+    monkeypatch.setattr("pathline.data.latents._CHUNK", 3)
+    values = torch.randn(11, 2, 3, 5, generator=torch.Generator().manual_seed(0))
+    kept, lost = [0, 2, 6, 8, 9, 10], [1, 3, 4, 5, 7]  # a whole chunk among them
+    broken = values.clone()
+    broken[lost, 1, 2, 4] = wrong
+    save_file({"latents": broken}, tmp_path / "x.safetensors")
+    save_file({"latents": values[kept]}, tmp_path / "y.safetensors")
+    found, expected = (
+        data.build("latents", path=str(tmp_path / name), num_classes=0).statistics
+        for name in ("x.safetensors", "y.safetensors")
+    )
+    assert json.loads(json.dumps(found, allow_nan=False)).pop("left_out") == {"count": 5, "rows": lost}
+    assert "left_out" not in expected
+    for key in ("mean", "std", "range"):
+        assert found[key] == pytest.approx(expected[key], rel=1e-12)
+    save_file({"latents": torch.full((2, 1, 1, 1), wrong)}, tmp_path / "x.safetensors")
+    with pytest.raises(DataError, match=r"x\.safetensors without a row of finite values"):
+        _ = data.build("latents", path=str(tmp_path / "x.safetensors"), num_classes=0).statistics
 
 
 def test_values_that_do_not_vary_have_no_deviation_wherever_they_lie(tmp_path):
@@ -154,6 +202,24 @@ def test_values_that_do_not_vary_have_no_deviation_wherever_they_lie(tmp_path):
     assert build(tmp_path, scale=1).statistics == {"mean": [5.0, 5.0], "std": [0.0, 0.0], "range": [5.0, 5.0]}
 
 
+def test_training_on_latents_draws_no_pictures(tmp_path, monkeypatch):
+    """Four channels are no image; pictures are asked for after every step."""
+    rows = {"latents": torch.randn(7, 4, 8, 8), "labels": torch.arange(7)}
+    save_file(rows, tmp_path / "x.safetensors")
+    backbone = {"name": "sit", "input_size": 8, "patch_size": 4, "in_channels": 4, "hidden_size": 12, "depth": 1}
+    entries = {
+        "data": {"name": "latents", "path": str(tmp_path / "x.safetensors"), "num_classes": 11},
+        "backbone": {**backbone, "num_heads": 3, "num_classes": 11},
+        "objective": "velocity",
+        "train": {"steps": 2, "global_batch": 5, "folder": str(tmp_path / "run"), "accelerator": "cpu"},
+        "log": {"pictures_every": 1, "tensorboard": False},
+    }
+    monkeypatch.setattr("pathline.training.sampling.solve", lambda *_, **__: pytest.fail("drew samples"))
+    Trainer(resolve(entries)).run()
+    assert (tmp_path / "run" / "checkpoints" / "step-000000002").is_dir()
+    assert not list((tmp_path / "run").rglob("*.png"))
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
@@ -161,7 +227,17 @@ def test_nothing_there(tmp_path):
     assert "got no latents at" in refusal(tmp_path / "none")
     assert "got no latents at" in refusal(tmp_path)
     (tmp_path / "x.safetensors").mkdir()
-    assert "got no latents at" in refusal(tmp_path)
+    assert f"got no latents at {tmp_path / 'x.safetensors'}" in refusal(tmp_path)
+    with pytest.raises(DataError, match="which cannot be looked at: .*File name too long"):
+        build("a" * 5000)
+
+
+def test_what_is_no_file_is_named_and_hidden_ones_are_left_alone(folder):
+    path, values, _ = folder
+    (path / "._a.safetensors").write_bytes(b"as some systems write beside each file")
+    assert len(build(path)) == len(values)
+    os.mkfifo(path / "pipe.safetensors")
+    assert f"got no latents at {path / 'pipe.safetensors'}" in refusal(path)
 
 
 @pytest.mark.parametrize("kept", [0, 5, 8, 60, -1])
@@ -257,6 +333,9 @@ def test_options_and_indices_out_of_range(folder):
     for options in ({"scale": 0.0}, {"scale": float("inf")}, {"num_classes": -1}):
         with pytest.raises(InputError, match="expected 0 or more, and a scale above 0"):
             data.build("latents", path=str(folder[0]), **options)
+    for options in ({"path": 3}, {"scale": "1"}, {"scale": True}, {"num_classes": "10"}, {"num_classes": 2.0}):
+        with pytest.raises(InputTypeError, match="expected a text, a whole number and a number"):
+            data.build("latents", **{"path": str(folder[0]), **options})
     latents = build(folder[0])
     for indices in ([11], [-1], [[0]]):
         with pytest.raises(InputError, match="numbers from 0 to 10"):
