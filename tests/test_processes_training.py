@@ -14,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from pathline.core.config import resolve
 from pathline.core.errors import ConfigurationError
+from pathline.data import Digits
 from pathline.training import Trainer, checkpoints
 from pathline.training.log import read_rows
 from pathline.training.network import units
@@ -168,6 +169,27 @@ def test_one_process_in_micro_batches_equals_itself(micro, unbroken, processes, 
     folder, stream = unbroken("one", processes)
     assert run(processes, configuration(tmp_path, train={"micro_batch": micro})) == stream
     assert difference(saved(folder), saved(tmp_path)) < 1e-6
+
+
+def test_the_first_process_alone_looks_at_the_data(processes, tmp_path):
+    """What may take minutes, at the beginning and at a resume: the others are told."""
+
+    def blind(trainer):
+        looked = property(lambda self: pytest.fail("looked at the data"))
+        if not trainer.fabric.is_global_zero:
+            Digits.manifest = Digits.statistics = looked  # of this process alone
+
+    folder, stored = tmp_path / "x", {"snapshot_every": EVERY}
+    run(processes, configuration(folder, "ddp of 2", train={"stop_at": EVERY}, ema=stored), prepare=blind)
+    run(
+        processes,
+        configuration(folder, "ddp of 2", ema=stored),
+        folder / "checkpoints" / f"step-{EVERY:09d}",
+        prepare=blind,
+    )
+    for place in ("checkpoints", "averages"):
+        state = checkpoints.read_state(folder / place / f"step-{STEPS:09d}")
+        assert state["data"] == json.loads(json.dumps(Digits().manifest)) and state["statistics"] == Digits().statistics
 
 
 @pytest.mark.slow

@@ -138,6 +138,8 @@ class Trainer:
             ProcessError: another process is gone.
         """
         with self.claimed(), garbage_on_schedule(), Signals() as signals, losses_named(), self._writing():
+            with self.state.window.spending("other"):
+                self.state.describe()  # at the first checkpoint it would hold up training
             self._loop(signals)
 
     @contextmanager
@@ -268,8 +270,7 @@ class Trainer:
                 "version": __version__,
                 **state.averages.state(),
                 "configuration": self.configuration.model_dump(mode="json"),
-                "data": self.parts.dataset.manifest,
-                "statistics": self.parts.dataset.statistics,
+                **state.describe(),
             }
             if writer is not None:
                 writer.save(state.step, Snapshot(tensors, scalars))

@@ -83,6 +83,7 @@ class State:
         self.optimizers = Optimizers(self.network, configuration.optim)
         self.guard = Guard(fabric.device, configuration.guard)
         self.window = Window(fabric, agreement, configuration.log.time_bins)
+        self._described: dict[str, Any] | None = None
 
     @property
     def position(self) -> int:
@@ -93,6 +94,19 @@ class State:
     def bytes(self) -> int:
         """Size of a checkpoint."""
         return sum(t.numel() * t.element_size() for group in self.tensors().values() for t in group.values())
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the data set tells of itself; the first call, of all processes, may take a pass over all values.
+
+        The first process alone looks, once, and tells the others.
+        """
+        if self._described is None:
+            dataset = self.parts.dataset
+            self._described = {
+                "data": self.agreement.first(lambda: dataset.manifest),
+                "statistics": self.agreement.first(lambda: dataset.statistics),
+            }
+        return self._described
 
     def snapshot(self) -> Snapshot:
         """Return the live tensors and the scalars of a checkpoint, the window having been read."""
@@ -107,8 +121,7 @@ class State:
             "window": self.window.state(),
             "world_size": self.fabric.world_size,
             "configuration": self.parts.configuration.model_dump(mode="json"),
-            "data": self.parts.dataset.manifest,
-            "statistics": self.parts.dataset.statistics,
+            **self.describe(),
             "encoders": [dict(source.manifest) for source in self.parts.encoders],
         }
         return Snapshot(self.tensors(), scalars)
@@ -142,7 +155,7 @@ class State:
         wrong = [name for name, kind in SCALARS.items() if not isinstance(saved.get(name), kind)]
         if wrong:
             raise CheckpointError(f"got {path} without a usable {', '.join(wrong)}; use another checkpoint")
-        check_same_run(saved, self.parts, path, allow)
+        check_same_run(saved, self.parts, self.describe()["data"], path, allow)
         self._check_scalars(saved, path)
         ours = self.tensors()
         theirs = {name: _read(path, name, tensors, self.agreement) for name, tensors in ours.items()}
@@ -187,10 +200,12 @@ def _read(path: Path, group: str, ours: Mapping[str, Tensor], agreement: Agreeme
     return sharded.read_into(path / group, ours, agreement.group)
 
 
-def check_same_run(saved: Mapping[str, Any], parts: Parts, path: Path, allow: Sequence[str] = ()) -> None:
+def check_same_run(
+    saved: Mapping[str, Any], parts: Parts, data: Mapping[str, Any], path: Path, allow: Sequence[str] = ()
+) -> None:
     """Raise CheckpointError if the checkpoint's configuration or data differ in what the weights depend on.
 
-    Differences in what ``allow`` names, entries or whole sections, are none.
+    ``data`` is the manifest of the run's. Differences in what ``allow`` names, entries or whole sections, are none.
     """
     before: Configuration = resolve(saved["configuration"])
     constant = parts.configuration.optim.schedule == "constant"  # only then is a longer run the same so far
@@ -202,7 +217,7 @@ def check_same_run(saved: Mapping[str, Any], parts: Parts, path: Path, allow: Se
             f"train.micro_batch: {old.micro_batch} on {old.devices * old.num_nodes} devices -> {new.micro_batch} on "
             f"{new.devices * new.num_nodes}, and the objective mixes all that is taken at once"
         )
-    changed += _changes("the data's", saved["data"], parts.dataset.manifest)
+    changed += _changes("the data's", saved["data"], data)
     encoded: list[dict[str, Any]] = saved.get("encoders", [])  # which older checkpoints do not have
     for number, (then, source) in enumerate(zip(encoded, parts.encoders, strict=False)):  # their number is configured
         changed += _changes(f"the encoders.{number}'s", then, source.manifest)
