@@ -89,7 +89,7 @@ def _merged(base: Any, given: Any) -> Any:
     """Return ``base`` with what is given in its place; a bare name is a component without options."""
     if isinstance(given, dict) and isinstance(base, str):
         base = {"name": base}
-    elif isinstance(given, str) and isinstance(base, dict) and "name" in base:
+    elif isinstance(given, str) and isinstance(base, dict):
         given = {"name": given}
     if not isinstance(given, dict) or not isinstance(base, dict):
         return given

@@ -227,6 +227,8 @@ def test_a_file_is_found_beside_the_one_that_extends_it(tmp_path, monkeypatch):
         ("heun", "{steps: 5}", {"name": "heun", "steps": 5}),
         ("{name: heun, steps: 5}", "{name: euler, end: 0.1}", {"name": "euler", "end": 0.1}),
         ("{name: heun, steps: 5}", "euler", {"name": "euler"}),
+        ("{steps: 5}", "{name: heun}", {"name": "heun", "steps": 5}),
+        ("{steps: 5}", "heun", {"name": "heun", "steps": 5}),
         ("heun", "{name: euler, steps: 3}", {"name": "euler", "steps": 3}),
         (
             "{name: heun, grid: {name: paper, last: 0.02}, steps: 5}",
