@@ -31,12 +31,12 @@ _UNITS = {
 
 @register("feature-distance")
 class FeatureDistance(ModelMetric):
-    """Distance of every layer's tokens to the last layer's, mean over tokens, by the time of each network call.
+    """Distance of every layer's tokens to the last layer's, mean over tokens, by the times of the network calls.
 
     Row ``layer i`` is the output of the i-th block, ``layer 0`` what goes into the first. Where something stands
     between two blocks, as a refiner does, ``into layer i`` is what it made of the tokens. The last layer's own row is
-    zero and left out. Data give no more than shape, number and labels of the samples that are drawn; sample i starts
-    from the noise that ``sample.py`` gives it by the same seed.
+    zero and left out. Calls at one time, as Heun's two, are averaged. Data give no more than shape, number and labels
+    of the samples that are drawn; sample i starts from the noise that ``sample.py`` gives it by the same seed.
 
     Args:
         solver: of fixed steps: a name, ``{"name": …, **options}`` or an instance; by default the 250 steps of the SDE
@@ -65,7 +65,9 @@ class FeatureDistance(ModelMetric):
             )
         steps = getattr(self.solver, "steps", "its")
         self.metric = f"feature-distance, {distance}, {type(self.solver).__name__} in {steps} steps"
-        self.about = "distance of each layer's tokens to the last layer's, mean over tokens, at every network call"
+        self.about = (
+            "distance of each layer's tokens to the last layer's, mean over tokens and over the calls at one time"
+        )
         self.unit = _UNITS[distance]
 
     def check(self, flow: BaseFlow) -> None:
@@ -83,8 +85,14 @@ class FeatureDistance(ModelMetric):
                 f"got {len(watch.calls)} network calls at times of shape {tuple(solution.times.shape)}, expected one "
                 "time a call; give a flow without guidance and a solver of fixed steps"
             )
-        names = watch.calls[0]
-        return Measured(solution.times, {name: torch.stack([call[name] for call in watch.calls], 1) for name in names})
+        found: dict[float, list[dict[str, Tensor]]] = {}
+        for t, call in zip(solution.times.tolist(), watch.calls, strict=True):
+            found.setdefault(t, []).append(call)
+        columns = [
+            {name: torch.stack([call[name] for call in calls]).mean(0) for name in calls[0]} for calls in found.values()
+        ]
+        times = torch.tensor([*found], dtype=torch.float64)
+        return Measured(times, {name: torch.stack([column[name] for column in columns], 1) for name in columns[0]})
 
 
 class _Watch:

@@ -176,6 +176,8 @@ class ModelMetric(ABC):
             InputTypeError: data that are not floating point.
         """
         self.check(flow)
+        if "data" not in batch:
+            raise InputError(f"got a batch of {', '.join(batch) or 'nothing'}, expected data and, for classes, label")
         data = batch["data"]
         if not data.is_floating_point():
             raise InputTypeError(f"got data of type {data.dtype}, expected floating point; levels a are a/127.5 - 1")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import pairwise
 
 import pytest
 import torch
 from torch import nn
 
-from pathline import Draws, Flow, InputError, InputTypeError, backbones, interpolants, metrics
+from pathline import Draws, Flow, InputError, InputTypeError, backbones, interpolants, metrics, solvers
 from pathline.core.errors import UnknownNameError, UnknownOptionError
 from pathline.metrics import models
 from pathline.metrics.feature_distance import distance_of
@@ -95,10 +96,35 @@ def test_distances_of_turned_tokens_in_closed_form():
 
 def test_distances_follow_the_times_of_the_calls():
     record = measured("feature-distance", Flow(Growing(ANGLES), LINEAR), solver={"name": "heun", "steps": 2}).compute()
-    assert record.times == (1.0, 0.5, 0.5, 0.0)
+    assert record.times == (1.0, 0.5, 0.0)  # of four calls, two at 0.5
     apart = 2 * 3.0 * math.sin(sum(ANGLES[2:]) / 2)
-    assert record.row("layer 2").means == pytest.approx([apart, apart / 2, apart / 2, 0.0], rel=1e-5, abs=1e-6)
+    assert record.row("layer 2").means == pytest.approx([apart, apart / 2, 0.0], rel=1e-5, abs=1e-6)
     assert record.row("layer 2").mean == pytest.approx(apart / 2, rel=1e-5)
+
+
+def test_calls_at_one_time_are_averaged():
+    class Counting(Turning):
+        """Tokens of length r·n in the n-th call."""
+
+        calls = 0
+
+        def length(self, t):
+            self.calls += 1
+            return torch.full_like(t, self.calls)
+
+    record = measured("feature-distance", Flow(Counting(ANGLES), LINEAR), solver={"name": "heun", "steps": 3}).compute()
+    assert record.times == pytest.approx((1.0, 2 / 3, 1 / 3, 0.0))
+    apart = 2 * 3.0 * math.sin(sum(ANGLES[1:]) / 2)
+    assert record.row("layer 1").means == pytest.approx([apart * n for n in (1, 2.5, 4.5, 6)], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted({*solvers.names()} - {"dopri5", "mean-flow", "ode", "sde", "taylor"}))
+def test_a_plot_has_one_value_at_a_time(name):
+    """Of every solver of fixed steps that takes any network."""
+    flow = Flow(Growing(ANGLES), LINEAR)
+    record = measured("feature-distance", flow, solver={"name": name, "steps": 5, "end": 0.1}).compute()
+    times = sorted(record.times)
+    assert min(b - a for a, b in pairwise(times)) > 1e-6
 
 
 def test_what_stands_between_two_blocks_has_a_row_of_its_own():
@@ -227,6 +253,15 @@ def test_another_kind_than_the_predicted_one():
     assert record.times == pytest.approx([(b + 0.5) / 4 * 0.999 for b in range(4)], rel=1e-12)
 
 
+def test_the_data_end_is_kept_away_from_where_the_kind_cannot_be_had():
+    """Noise from predicted data is (x − α·data)/σ: at t = 0 there is none."""
+    flow = Flow(backbones.wrap(lambda x, t: 0 * x), LINEAR, "data")
+    data = torch.zeros(30, 3).double()
+    record = measured("loss-by-time", flow, data=data, batches=((0, 30),), bins=4, kind="noise").compute()
+    assert record.times == pytest.approx([0.001 + (b + 0.5) / 4 * 0.999 for b in range(4)], rel=1e-12)
+    assert max(record.rows[0].means) < 1e-20
+
+
 def test_losses_refuse_what_does_not_fit():
     with pytest.raises(InputError, match="got bins 0, expected a whole number of 1 or more"):
         models.build("loss-by-time", bins=0)
@@ -292,6 +327,8 @@ def test_metrics_of_models_refuse_what_does_not_fit(name):
     ):
         with pytest.raises(error, match=message):
             metric.update(flow, {**good, **change}, Draws(0).at(range(2)))
+    with pytest.raises(InputError, match="got a batch of label, expected data"):
+        metric.update(flow, {"label": good["label"]}, Draws(0).at(range(2)))
     with pytest.raises(InputError, match="got no label"):
         metric.update(flow, {"data": good["data"]}, Draws(0).at(range(2)))
     with pytest.raises(InputError, match="got 0 samples, expected at least 2"):
