@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import subprocess
@@ -9,9 +10,10 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
-from pathline import Draws, Flow, InputError, backbones, data, interpolants
+from pathline import Draws, Flow, InputError, backbones, data, interpolants, weights
 from pathline.metrics import models
 from pathline.plugins.deepflow import Branches, DeepFlow
 from pathline.plugins.deepflow.analysis import main, measure
@@ -140,6 +142,26 @@ def test_accelerations_against_the_material_one_in_closed_form(gaussian):
         assert abs(mean - value) < 4 * error < 0.5 * value
     assert max(none.means) < 1e-6 * min(zero.means)
     assert half.means == pytest.approx([0.25] * 4, abs=2e-3)
+
+
+def test_material_accelerations_are_asked_for_within_the_training_interval():
+    class Narrow(type(LINEAR)):
+        """Velocities that exist at t from 0.25 to 0.75 alone."""
+
+        def training_interval(self, kind):
+            return 0.25, 0.75
+
+    asked = []
+
+    def velocity(x, t):
+        asked.extend(t.flatten().tolist())
+        return x / t
+
+    samples = torch.zeros(600, 6, dtype=torch.float64)
+    path = Narrow()
+    found = record("acceleration-error", [velocity] * 2, [lambda x, t: 0 * x], bins=3, samples=samples, path=path)
+    assert found.times == pytest.approx([0.25 + (b + 0.5) / 6 for b in range(3)])
+    assert 0.25 <= min(asked) < 0.255 and 0.745 < max(asked) <= 0.75  # differences reach over 0.005
 
 
 # --- a real network -----------------------------------------------------------------------------------------------
@@ -296,6 +318,10 @@ def test_the_command_writes_what_the_library_measures(run, tmp_path, capsys):
     names = sorted([*NAMES, "feature-distance", "loss-by-time"])
     assert sorted(path.name for path in out.iterdir()) == sorted(["analysis.json", *(f"{name}.png" for name in names)])
     assert written["data"] == {"name": "digits", "split": "held-out"} and written["seed"] == 4
+    averaged = run / "checkpoints" / "step-000000002" / "ema.safetensors"
+    digest = hashlib.sha256(averaged.read_bytes()).hexdigest()
+    assert written["weights"] == {"checkpoint": "step-000000002", "average": "ema", "sha256": digest}
+    assert written["entries"] == []
     _, parts = sampling.load(sampling.find(run, pytest.fail), [])
     assert isinstance(parts.backbone, DeepFlow)
     flow, held_out = Flow(parts.backbone, LINEAR), data.build("digits", split="held-out")
@@ -310,24 +336,24 @@ def test_the_command_writes_what_the_library_measures(run, tmp_path, capsys):
 
 def test_a_plain_run_has_the_metrics_of_the_core(plain_run, capsys):
     pytest.importorskip("matplotlib")
-    assert main([str(plain_run), "data.split=train", "--count", "3", "--steps", "2", "--bins", "2"]) == 0
+    assert main([str(plain_run), "--count", "3", "--steps", "2", "data.split=train", "--bins", "2"]) == 0
     printed = capsys.readouterr().out
     assert printed.count("left out ") == 4 and "left out branch-losses: got a SiT of one branch" in printed
-    out = plain_run / "analysis"  # beside the checkpoints
+    out = plain_run / "analysis-step-000000002"  # beside the checkpoints
     written = json.loads((out / "analysis.json").read_text())
     assert {path.stem for path in out.glob("*.png")} == {"feature-distance", "loss-by-time"}
     assert [entry["metric"].split(",")[0] for entry in written["metrics"]] == ["feature-distance", "loss-by-time"]
-    assert written["data"]["split"] == "train"
+    assert written["data"]["split"] == "train" and written["entries"] == ["data.split=train"]
 
 
-def test_an_average_is_chosen_by_name(run, tmp_path):
+def test_an_average_is_chosen_by_name_and_has_a_folder_of_its_own(run):
     pytest.importorskip("matplotlib")
     errors = []
     for average in ("ema", "ema-0.200"):
         words = [f"sample.average={average}", "--metrics", "loss-by-time", "--count", "3", "--bins", "1"]
-        assert main([str(run), *words, "--output", str(tmp_path / average)]) == 0
-        written = json.loads((tmp_path / average / "analysis.json").read_text())
-        assert written["average"] == average
+        assert main([str(run), *words]) == 0
+        written = json.loads((run / f"analysis-step-000000002-{average}" / "analysis.json").read_text())
+        assert written["weights"]["average"] == average
         errors.append(written["metrics"][0]["rows"][0]["mean"])
     assert errors[0] != errors[1]
 
@@ -347,6 +373,17 @@ def test_an_average_is_chosen_by_name(run, tmp_path):
         (["sample.average=nonesuch"], "sample.average: got 'nonesuch'; Known: ema, ema-0.200"),
         (["--seed", "-1"], "got seed -1"),
         (["optim.lr=1"], "got 'optim.lr=1' for a trained model"),
+        (["guidance.0.scale=7"], "got 'guidance.0.scale=7', which an analysis does not read; leave it out"),
+        (["solver.steps=7"], "got 'solver.steps=7', which an analysis does not read; feature-distance samples by"),
+        (["solver=heun"], "got 'solver=heun', which an analysis does not read"),
+        (["sample.count=3"], "got 'sample.count=3', which an analysis does not read; use --count"),
+        (["sample.seed=3"], "use --seed"),
+        (["sample.batch=3"], "use --batch"),
+        (["sample.output=x"], "use --output"),
+        (["sample.labels=random"], "give sample.average alone: samples have the data's labels"),
+        (["train.threads=2"], "use --threads"),
+        (["--threads", "0"], "got threads 0, expected 1 to 1024"),
+        (["--threads", str(10**20)], "expected 1 to 1024"),
     ],
 )
 def test_wrong_input(words, message, plain_run, tmp_path, capsys):
@@ -355,6 +392,52 @@ def test_wrong_input(words, message, plain_run, tmp_path, capsys):
     said = capsys.readouterr().err
     assert said.startswith("error: ") and message in said
     assert not list(tmp_path.glob("out/*"))
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory):
+    """The same weights twice in a file of another program, and labelled data of their shape."""
+    folder, flow = tmp_path_factory.mktemp("released"), deepflow()
+    theirs = weights.convert(flow.backbone.state_dict(), to="deepflow")
+    torch.save({"ema": theirs, "model": theirs}, folder / "theirs.pt")
+    rows = batch(range(11))
+    save_file({"latents": rows["data"], "labels": rows["label"] % 7}, folder / "rows.safetensors")
+    return folder
+
+
+GIVEN = ["backbone.num_heads=2", "backbone.cuts=[1,3]", "backbone.clamp_gap=false"]
+
+
+def test_of_a_released_file_without_data_only_distances_are_measured(released, capsys):
+    pytest.importorskip("matplotlib")
+    options = ["--count", "3", "--steps", "2", "--bins", "2"]
+    assert main([str(released / "theirs.pt"), *options, *GIVEN]) == 0
+    reason = ": got a file of another program, which brings no data; give some by data.name=…"
+    printed = capsys.readouterr().out
+    assert [name for name in [*NAMES, "loss-by-time"] if f"left out {name}{reason}" in printed] == [
+        *NAMES,
+        "loss-by-time",
+    ]
+    out = released / "analysis-theirs.pt"
+    written = json.loads((out / "analysis.json").read_text())
+    assert [entry["metric"].split(",")[0] for entry in written["metrics"]] == ["feature-distance"]
+    assert {path.name for path in out.iterdir()} == {"analysis.json", "feature-distance.png"}
+    told = written["weights"]
+    digest = hashlib.sha256((released / "theirs.pt").read_bytes()).hexdigest()
+    assert (told["family"], told["key"], told["file"], told["sha256"]) == ("deepflow", "ema", "theirs.pt", digest)
+    assert written["entries"] == GIVEN
+    assert main([str(released / "theirs.pt"), *GIVEN, *options, "--metrics", "branch-losses"]) == 2
+    assert f"error: metric branch-losses{reason}" in capsys.readouterr().err
+
+
+def test_of_a_released_file_with_data_all_is_measured(released, tmp_path):
+    pytest.importorskip("matplotlib")
+    entries = [*GIVEN, "data.name=latents", f"data.path={released}", "data.num_classes=7", "data.scale=1"]
+    options = ["--count", "3", "--steps", "2", "--bins", "2", "--output", str(tmp_path)]
+    assert main([str(released / "theirs.pt"), *entries, "weights.key=model", *options]) == 0
+    written = json.loads((tmp_path / "analysis.json").read_text())
+    assert len(written["metrics"]) == 6 and written["weights"]["key"] == "model"
+    assert written["entries"] == [*entries, "weights.key=model"]
 
 
 def test_nothing_there(tmp_path, capsys):
