@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 
+from pathline import objectives
 from pathline.core import config, overrides
 from pathline.core.config import differences, load, resolve
 from pathline.core.errors import ConfigurationError
@@ -353,6 +354,7 @@ def test_wrong_entries_are_named_with_the_nearest_valid_one(word, said):
         (["objective.name=deepflow"], "objective: got a SiT without branches"),
         (["solver.steps=0"], "solver: got steps 0"),
         (["solver.start=2"], "solver: got start 2"),
+        (["guidance=[{name: branch, branch: 1}]"], "guidance: got a SiT"),
         (
             ["objective=mean-flow", "backbone.takes_gap=true", "train.activation_checkpointing=selective"],
             "objective: cannot be differentiated through blocks that compute their activations again",
@@ -386,6 +388,25 @@ def test_a_backbone_that_draws_at_random_is_refused(monkeypatch):
 def test_differences_pass_where_activations_are_computed_again():
     mean_flow = ("objective=mean-flow", "objective.derivative=finite-difference", "backbone.takes_gap=true")
     build(resolve(entries(*mean_flow, "train.activation_checkpointing=1")))
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("train.precision=bf16", "train.precision bf16"),
+        ("train.precision=fp16", "train.precision fp16"),
+        ("train.tf32=true", "train.tf32"),
+    ],
+)
+def test_differences_need_the_precision_that_they_are_taken_in(words, named, monkeypatch):
+    """bf16 keeps 8 bits: of outputs that differ by 1e-3 of their size it leaves rounding alone."""
+    build(resolve(entries(words)))
+    monkeypatch.setattr(objectives.Velocity, "takes_differences", True, raising=False)
+    build(resolve(entries()))
+    build(resolve(entries(words)), training=False)
+    said = refusal(words)
+    assert f"objective: divides small differences of the network's outputs, which {named} does not resolve" in said
+    assert "its exact derivative (jvp), or use train.precision=fp32 without train.tf32" in said
 
 
 def test_what_the_machine_lacks(monkeypatch):

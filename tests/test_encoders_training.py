@@ -291,6 +291,18 @@ def test_encoders_and_objective_need_one_another(small):
     assert said.startswith("encoders: got 1 for the objective 'deepflow', which aligns to none")
 
 
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [("sit", {"objective": {"name": "velocity"}}), ("deepflow", {"objective": {"align": 0.0}})],
+)
+def test_projectors_that_nothing_trains_are_refused(kind, changes, tmp_path):
+    """On one device no reduction waits for their gradients, so that they would stay as they are without a word."""
+    (said,) = refusal([], kind, (64, 96), **changes)
+    assert said.startswith("backbone.align_dims: got [64, 96] for the objective '") and "leaves the projectors" in said
+    assert "with as many encoders, or leave align_dims and align_layer out" in said
+    assert build(configuration(tmp_path, [], kind, (64, 96), **changes), training=False).encoders == ()
+
+
 def test_grids_of_another_aspect(small):
     (said,) = refusal([small(resolution=[32, 48])])
     assert said.startswith("encoders.0: got a token grid of 2 × 3 for one of 2 × 2, which differs in aspect")

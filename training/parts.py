@@ -170,9 +170,12 @@ def _cross_check(parts: Parts, problems: _Problems, *, training: bool) -> int:
         problems.found.append(f"sample.labels: got {labels}, expected classes from 0 to {classes - 1}")
     if training:
         problems.found += _encoder_problems(parts)
+        problems.found += _precision_problems(parts)
     if problems.found:
         return 0
-    problems.collect("solver", lambda: _check_solver(parts))
+    flow = problems.collect("guidance", lambda: parts.flow(backbone))
+    if flow is not None:
+        problems.collect("solver", lambda: _check_solver(parts, flow))
     return 0 if not training else problems.collect("objective", lambda: _check_objective(parts))
 
 
@@ -207,9 +210,15 @@ def _encoder_problems(parts: Parts) -> Iterator[str]:
     if given and not aligns:
         yield (
             f"encoders: got {len(given)} for the objective {name!r}, which aligns to none; use 'alignment', or give "
-            "'deepflow' an align above 0, or leave encoders out"
+            "'deepflow' an align above 0, or leave encoders and align_dims out"
         )
     dims, wanted = backbone_attribute(parts.backbone, "align_dims"), [source.dim for source in given]
+    if dims and not aligns and not given:
+        yield (
+            f"backbone.align_dims: got {list(dims)} for the objective {name!r}, which aligns to none and leaves the "
+            "projectors as they are; use 'alignment', or give 'deepflow' an align above 0, with as many encoders, or "
+            "leave align_dims and align_layer out"
+        )
     if aligns and given and dims is not None and list(dims) != wanted:
         yield f"backbone.align_dims: got {list(dims)}, and the encoders have {wanted}; write align_dims: {wanted}"
     grid = _token_grid(parts.backbone)
@@ -218,6 +227,17 @@ def _encoder_problems(parts: Parts) -> Iterator[str]:
             check_grids(source.grid, grid or source.grid)
         except InputError as error:
             yield f"encoders.{number}: {error}"
+
+
+def _precision_problems(parts: Parts) -> Iterator[str]:
+    """Yield what is wrong with a precision in which the differences that an objective takes are rounded away."""
+    train = parts.configuration.train
+    given = f"train.precision {train.precision}" if train.precision != "fp32" else "train.tf32" if train.tf32 else None
+    if given and getattr(parts.objective, "takes_differences", False):
+        yield (
+            f"objective: divides small differences of the network's outputs, which {given} does not resolve; let it "
+            "take its exact derivative (jvp), or use train.precision=fp32 without train.tf32"
+        )
 
 
 def _token_grid(backbone: nn.Module) -> tuple[int, int] | None:
@@ -269,7 +289,7 @@ def _check_objective(parts: Parts) -> int:
     return flops
 
 
-def _check_solver(parts: Parts) -> None:
+def _check_solver(parts: Parts, flow: BaseFlow) -> None:
     """Check that the path has what the solver asks for, with no network call."""
     x: Any = torch.zeros(1, *parts.dataset.shape)
-    parts.solver.check(parts.flow(parts.backbone), x, None)
+    parts.solver.check(flow, x, None)
