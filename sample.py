@@ -17,6 +17,7 @@ from lightning_fabric import Fabric
 import pathline
 from pathline.core.errors import PathlineError
 from pathline.training import sampling
+from pathline.training.names import default_name
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,7 +44,7 @@ def sample(model: Path, entries: Sequence[str]) -> None:
     device = Fabric(accelerator="auto", devices=1).device  # whatever it was trained on
     drawn = sampling.draw(configuration, parts, device)
     beside = weights.resolve().parent if weights.is_file() else weights.resolve().parent.parent
-    output = Path(configuration.sample.output or beside / sampling.default_name(configuration))
+    output = Path(configuration.sample.output or beside / default_name(configuration))
     written = sampling.save(drawn, configuration, weights, output, pathline.__version__)
     print(
         f"{len(drawn.x):,} samples by {configuration.solver['name']}, NFE {drawn.nfe} each, in {drawn.seconds:.1f} s "

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pathline.backbones.base import Backbone
 from pathline.backbones.base import registry as backbones
 from pathline.backbones.clocks import Clocked, ReversedClock
-from pathline.core.errors import WeightsError
+from pathline.core.errors import PathlineError, WeightsError
 from pathline.core.families import DiTFamily, REPAFamily, SiTFamily
 from pathline.core.foreign import read, unwrapped
 from pathline.core.layouts import (
@@ -161,7 +161,7 @@ def check_fit(backbone: Mapping[str, Any], state_dict: State, family: FamilySpec
     """Compare names, shapes and types with those of a backbone that is yet to be built, as ``component`` names it.
 
     Raises:
-        WeightsError: missing, unexpected or mis-shaped entries, all in one.
+        WeightsError: missing, unexpected or mis-shaped entries, all in one; or options that are beyond all numbers.
     """
     layout = recognise(state_dict, family)
     depth = (backbone if layout.wrapper is None else backbone["backbone"]).get("depth")
@@ -169,8 +169,14 @@ def check_fit(backbone: Mapping[str, Any], state_dict: State, family: FamilySpec
         raise WeightsError(
             f"got {len(state_dict)} entries for {depth} blocks, too few; check the file, or give the depth"
         )
-    with torch.device("meta"):
-        shell = backbones.build(backbone)
+    try:
+        with torch.device("meta"):
+            shell = backbones.build(backbone)
+    except PathlineError:
+        raise
+    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:  # of numbers that torch cannot count
+        reason = str(error).partition("\n")[0]
+        raise WeightsError(f"got options with which no network can be built, {dict(backbone)}: {reason}") from error
     _, wanted, given = _compared(shell, state_dict, layout)
     _refuse(_misfits(wanted, given), layout)
 

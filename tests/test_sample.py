@@ -215,7 +215,7 @@ def test_wrong_input(words, said, run, capsys):
 
 def test_nothing_there(tmp_path, capsys):
     assert main([str(tmp_path / "nowhere")]) == 2
-    assert "holds no" in capsys.readouterr().err
+    assert f"got no file or folder at {tmp_path / 'nowhere'}" in capsys.readouterr().err
 
 
 def test_every_byte_comes_back():

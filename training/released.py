@@ -62,7 +62,7 @@ class Filled:
 
 def is_released(path: Path, words: Sequence[str]) -> bool:
     """Whether a path means another program's weights: by its ending, or because ``weights.…`` says so."""
-    return path.is_file() and (path.suffix in PICKLED or any(word.startswith("weights.") for word in words))
+    return path.is_file() and (path.suffix.lower() in PICKLED or any(word.startswith("weights.") for word in words))
 
 
 def read_released(path: Path, words: Sequence[str]) -> tuple[ReleasedConfiguration, Filled]:
@@ -84,7 +84,10 @@ def read_released(path: Path, words: Sequence[str]) -> tuple[ReleasedConfigurati
     options = _with_backbone_defects(own.get("backbone", {}), defects)
     entries = _entries(weights.component(state, family, **options), family)
     entries = overrides.apply(entries, [word for word in words if not word.startswith(RELEASED_WORDS)])
+    if entries.get("sample", {}).get("average") is not None:
+        raise ConfigurationError("sample.average: names an average of train.py's; name a file's weights by weights.key")
     filled = resolve(_with_defects(entries, defects))
+    weights.check_fit(filled.backbone, state, family)
     released = Released(**{**dict(wanted), "family": family.name, "key": key}, file=path.name, sha256=digest(path))
     return ReleasedConfiguration(**{**dict(filled), "weights": released}), Filled(state, family)
 
@@ -104,9 +107,9 @@ def _checked(given: Any) -> Weights:
 
 def _entries(backbone: dict[str, Any], family: WeightFamily) -> dict[str, Any]:
     """Return the sections of a model that others trained; its data are stand-ins of its shape."""
-    inner = backbone.get("backbone", backbone)
+    inner = backbone if family.wrapper is None else backbone["backbone"]
     side = inner["input_size"]
-    shape = [inner["in_channels"], *([side, side] if isinstance(side, int) else side)]
+    shape = [inner["in_channels"], *(side if isinstance(side, list | tuple) else [side, side])]
     return {
         "data": {"name": "synthetic", "shape": shape, "num_classes": inner["num_classes"]},
         "interpolant": family.interpolant,

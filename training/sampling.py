@@ -21,7 +21,7 @@ from pathline import backbones, interpolants, objectives
 from pathline.core import overrides
 from pathline.core.config import Configuration, resolve
 from pathline.core.draws import Draws
-from pathline.core.errors import ConfigurationError, PathlineError
+from pathline.core.errors import CheckpointError, ConfigurationError, PathlineError
 from pathline.core.flow import BaseFlow, Flow
 from pathline.core.foreign import PICKLED
 from pathline.solvers.guidance import Autoguidance
@@ -32,7 +32,7 @@ from pathline.training.parts import Parts, build
 from pathline.training.pictures import ROUNDING, save_grid, to_uint8
 from pathline.training.released import RELEASED_WORDS, ReleasedConfiguration, is_released, read_released
 
-__all__ = ["Drawn", "default_name", "draw", "draw_picture", "find", "load", "save", "save_picture", "solve"]
+__all__ = ["Drawn", "draw", "draw_picture", "find", "load", "save", "save_picture", "solve"]
 
 _WORDS = ("sample.", "solver.", "solver=", "guidance.", "guidance=", "train.threads=", "data.")
 
@@ -92,9 +92,16 @@ def find(model: Path, warn: Callable[[str], None]) -> Path:
     """Return the weights that a path means: a file of exported or released ones, a checkpoint, or a run's newest.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is none, or it is a file of another kind.
     """
-    return model if model.suffix in (SUFFIX, *PICKLED) and model.is_file() else checkpoints.find(model, warn)
+    endings = (SUFFIX, *PICKLED)
+    if model.is_file():
+        if model.suffix.lower() not in endings:
+            raise CheckpointError(f"got {model}, expected a name that ends in {', '.join(endings)}, or a run's folder")
+        return model
+    if not model.is_dir():
+        raise CheckpointError(f"got no file or folder at {model}; give a run's folder, a checkpoint in it, or weights")
+    return checkpoints.find(model, warn)
 
 
 def _trained_configuration(path: Path) -> Configuration:
@@ -110,12 +117,22 @@ def _with_weak_models(configuration: Configuration) -> tuple[Configuration, Conf
         loaded.append(item)
         if isinstance(item.get("weak"), str):
             try:
-                path = find(Path(item["weak"]), warnings.warn)
+                path = _find_weak(Path(item["weak"]))
                 loaded[-1] = {**item, "weak": _weak_flow(path)}
             except PathlineError as error:
                 raise ConfigurationError(f"guidance.{number}.weak: {error}") from error
             named[-1] = {**item, "weak": str(path)}
     return configuration.model_copy(update={"guidance": named}), configuration.model_copy(update={"guidance": loaded})
+
+
+def _find_weak(model: Path) -> Path:
+    path = find(model, warnings.warn)
+    if path.suffix.lower() in PICKLED:
+        raise ConfigurationError(
+            f"got {path}, another program's weights, which cannot be the weak model here; give train.py's or exported "
+            "ones, or in Python Autoguidance(weights.network(...))"
+        )
+    return path
 
 
 def _weak_flow(path: Path) -> Flow:
@@ -201,20 +218,6 @@ def save_picture(drawn: Drawn, folder: Path, step: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     save_grid(path, drawn.x, drawn.labels)
     shutil.copyfile(path, folder / "samples.png")
-
-
-def default_name(configuration: Configuration) -> str:
-    """Return a file name of solver, steps, guidance, average and seed, so that one drawing does not replace another."""
-    solver = configuration.solver
-    file = Path(configuration.weights.file).stem if isinstance(configuration, ReleasedConfiguration) else None
-    words = ["samples", file, solver["name"], solver.get("steps")]
-    words += [f"{item['name']}-{_scale(item['scale'])}" for item in configuration.guidance if item.get("scale", 1) != 1]
-    words.append(configuration.sample.average)
-    return "-".join(str(word) for word in (*words, f"seed-{configuration.sample.seed}") if word is not None) + ".npz"
-
-
-def _scale(scale: float | list[float]) -> str:
-    return f"{min(scale):g}-to-{max(scale):g}" if isinstance(scale, list) else f"{scale:g}"
 
 
 def save(drawn: Drawn, configuration: Configuration, checkpoint: Path, output: Path, version: str) -> list[Path]:
