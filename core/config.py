@@ -77,12 +77,13 @@ def resolve(entries: Mapping[str, Any]) -> Configuration:
     for section, registry in COMPONENTS.items():
         if section in filled:
             filled[section] = _component(filled[section], section, registry, problems)
-    if isinstance(filled.get("guidance"), list):
-        filled["guidance"] = [
-            _component(item, f"guidance.{i}", guidance.registry, problems) for i, item in enumerate(filled["guidance"])
-        ]
-    if isinstance(filled.get("encoders"), list):
-        filled["encoders"] = [_encoder(item, f"encoders.{i}", problems) for i, item in enumerate(filled["encoders"])]
+    for section, check in (("guidance", _guidance), ("encoders", _encoder)):
+        value = filled.get(section)
+        if isinstance(value, list):
+            filled[section] = [check(item, f"{section}.{i}", problems) for i, item in enumerate(value)]
+        elif isinstance(value, str | Mapping):
+            one = value if isinstance(value, str) else "{name: …}"
+            problems.append(f"{section}: got {value!r}, expected a list; write {section}: [{one}]")
     configuration = None
     try:
         configuration = Configuration.model_validate(filled)
@@ -145,6 +146,10 @@ def _component(value: Any, path: str, registry: Registry[Any], problems: list[st
         if option not in known
     ]
     return {"name": entry.name, **_options(entry, known, options, path, problems)}
+
+
+def _guidance(value: Any, path: str, problems: list[str]) -> Any:
+    return _component(value, path, guidance.registry, problems)
 
 
 def _encoder(value: Any, path: str, problems: list[str]) -> Any:
