@@ -82,7 +82,12 @@ def _created(model: str, options: Mapping[str, Any]) -> nn.Module:
     try:
         with torch.random.fork_rng(devices=[]):
             network: nn.Module = _timm().create_model(model, **options)
-    except (TypeError, AssertionError) as error:
+    except TypeError as error:
+        raise InputError(
+            f"got timm model {model!r}, which is no ViT: it cannot be made of a number of blocks for a size of "
+            "images; name one, as vit_base_patch16_224"
+        ) from error
+    except AssertionError as error:
         raise InputError(
             f"got timm model {model!r}, which cannot be made with {options} ({error}); name a ViT"
         ) from error

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pathline.core.errors import InputError, WeightsError
+from pathline.core.errors import InputError, InputTypeError, WeightsError
 from pathline.encoders import networks
 from pathline.encoders.base import Encoder, registry, unit_images
 from pathline.encoders.presets import PRESETS, Preset
@@ -41,6 +41,7 @@ class PatchEncoder(Encoder):
 
     Raises:
         InputError: a resolution that 16 does not divide, or a model without patch tokens or without the norm.
+        InputTypeError: a resolution that is neither a whole number nor two.
         MissingPackageError: timm cannot be imported.
         WeightsError: weights that cannot be had, or do not fit.
     """
@@ -126,7 +127,10 @@ class PatchEncoder(Encoder):
 
 
 def _sides(resolution: Side) -> tuple[int, int]:
-    height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
+    sides = (resolution, resolution) if isinstance(resolution, int) else resolution
+    if not isinstance(sides, tuple | list) or len(sides) != 2 or any(type(side) is not int for side in sides):
+        raise InputTypeError(f"got resolution {resolution!r}, expected a whole number or two, as 256 or (256, 512)")
+    height, width = sides
     if min(height, width) < 16 or height % 16 or width % 16:
         raise InputError(f"got resolution {resolution}, expected multiples of 16: one token stands for 16 pixels")
     return height, width

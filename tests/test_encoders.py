@@ -369,8 +369,13 @@ def test_weights_of_the_hub_are_hashed_as_they_are_loaded(monkeypatch, timm):
     [
         (dict(resolution=100), InputError, "got resolution 100, expected multiples of 16"),
         (dict(resolution=(64, 8)), InputError, r"got resolution \(64, 8\), expected multiples of 16"),
+        (dict(resolution=64.0), InputTypeError, "got resolution 64.0, expected a whole number or two, as 256"),
+        (dict(resolution=(64, 96.0)), InputTypeError, r"got resolution \(64, 96.0\), expected a whole number or two"),
+        (dict(resolution=(64, 96, 128)), InputTypeError, r"got resolution \(64, 96, 128\), expected a whole number"),
+        (dict(resolution="64"), InputTypeError, "got resolution '64', expected a whole number or two"),
         (dict(model="test_vt"), UnknownNameError, "has no model 'test_vt'; did you mean test_vit"),
         (dict(model="test_resnet"), InputError, "got timm model 'test_resnet'"),
+        (dict(model="test_efficientnet"), InputError, "got timm model 'test_efficientnet', which is no ViT: it cannot"),
         (dict(model="test_vit2"), InputError, "got final_norm for test_vit2, which has no norm of its tokens"),
         (dict(weights="nowhere.pth"), WeightsError, "got no file nowhere.pth"),
     ],
