@@ -30,10 +30,12 @@ class Dataset(ABC):
     Attributes:
         shape: (C, H, W) of one sample.
         num_classes: number of class labels, 0 without labels.
+        data_are_images: whether ``data`` are images with values in [−1, 1], which encoders take; latents are none.
     """
 
     shape: tuple[int, int, int]
     num_classes: int
+    data_are_images: bool = True
 
     @abstractmethod
     def __len__(self) -> int:

@@ -1,7 +1,8 @@
 """Features of a whole data set in one file, memory-mapped: written once, read in training.
 
 A safetensors file of one tensor ``features`` (N, T, D) in float16, row i of sample i. Its header tells the data set's
-manifest, the encoder's and its entry in the configuration, and the hash of the rows. N samples, T tokens, D width.
+manifest, a hash of some of its images, the encoder's manifest and its entry in the configuration, and the hash of the
+rows. N samples, T tokens, D width.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ from torch import Tensor
 
 from pathline.core.errors import DataError
 
-__all__ = ["FeatureFile", "write_features"]
+__all__ = ["FeatureFile", "check_place", "write_features"]
 
 FORMAT = "pathline features 1"
 HASH = "sha256"
+TOLD = {"component", "encoder", "data", "images", HASH}
 
 
 class FeatureFile:
@@ -50,17 +52,20 @@ class FeatureFile:
         self.component: dict[str, Any] = json.loads(told["component"])
         self.data: dict[str, Any] = json.loads(told["data"])
         self.encoder: dict[str, Any] = json.loads(told["encoder"])
-        self.sha256, self._rows = told[HASH], _mapped(path)
+        self.images, self.sha256, self._rows = told["images"], told[HASH], _mapped(path)
         count, tokens, dim = self._rows.shape
         self.shape = (int(count), int(tokens), int(dim))
 
-    def check(self, component: Mapping[str, Any], weights_sha256: str | None, data: Mapping[str, Any]) -> None:
-        """Check that these are the features of an encoder on a data set.
+    def check(
+        self, component: Mapping[str, Any], weights_sha256: str | None, data: Mapping[str, Any], images: str | None
+    ) -> None:
+        """Check that these are the features of an encoder on a data set, by what the file tells of both.
 
         Args:
             component: the encoder's entry in a configuration.
             weights_sha256: hash of the file of weights that the entry names; None if it names none.
             data: the data set's manifest.
+            images: hash of the same images of it as the file's; None for data that come without them, as latents may.
 
         Raises:
             DataError: they are of another one; says in what they differ.
@@ -71,6 +76,8 @@ class FeatureFile:
         changed += [
             f"the data's {key} {self.data.get(key)!r} -> {now.get(key)!r}" for key in _differing(self.data, now)
         ]
+        if images not in (None, self.images):
+            changed.append(f"the data's images {self.images} -> {images}")
         used = self.encoder[HASH] if self.encoder["weights"] == "file" else None
         if used != weights_sha256:
             changed.append(f"weights {used or 'of the hub'} -> {weights_sha256 or 'of the hub'}")
@@ -104,7 +111,7 @@ def _header(path: Path) -> dict[str, str]:
             found = {name: file.get_slice(name).get_dtype() for name in file.keys()}
     except SafetensorError as error:
         raise DataError(f"got {path}, a damaged file ({error}); make it anew") from error
-    if told.get("format") != FORMAT or found != {"features": "F16"}:
+    if told.get("format") != FORMAT or found != {"features": "F16"} or TOLD - told.keys():
         raise DataError(f"got {path}, which holds no features ({FORMAT}); use python -m pathline.encoders.cache")
     return told
 
@@ -125,6 +132,7 @@ def write_features(
     component: Mapping[str, Any],
     encoder: Mapping[str, Any],
     data: Mapping[str, Any],
+    images: str,
 ) -> None:
     """Write features, batch after batch, beside the file, which then appears whole or not at all.
 
@@ -135,15 +143,18 @@ def write_features(
         component: the encoder's entry in the configuration, without ``cache``.
         encoder: its manifest.
         data: the data set's manifest.
+        images: hash of some of its images, which ``FeatureFile.check`` compares.
 
     Raises:
-        DataError: features that float16 cannot hold, or another number of rows.
+        DataError: a path that cannot be a file's, features that float16 cannot hold, or another number of rows.
     """
+    check_place(path)
     told = {
         "format": FORMAT,
         "component": dict(component),
         "encoder": dict(encoder),
         "data": dict(data),
+        "images": images,
         HASH: 64 * "0",
     }
     words = {key: value if isinstance(value, str) else json.dumps(value) for key, value in told.items()}
@@ -154,6 +165,12 @@ def write_features(
         file.write(_encoded(words, shape))  # of the same length
         file.flush()
         os.fsync(file.fileno())
+
+
+def check_place(path: Path) -> None:
+    """Raise DataError unless a file can have this path: a name in a folder that is there."""
+    if path.is_dir() or not path.parent.is_dir():
+        raise DataError(f"got {path} to write features to, expected a file in a folder that is there; name another")
 
 
 @contextlib.contextmanager

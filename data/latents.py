@@ -49,6 +49,8 @@ class Latents(Dataset):
         InputTypeError: an option of another type.
     """
 
+    data_are_images = False
+
     def __init__(self, path: str, *, num_classes: int = 1000, scale: float = 0.18215, images: bool = False) -> None:
         numbers = isinstance(num_classes, int) and isinstance(scale, int | float) and not isinstance(scale, bool)
         if not isinstance(path, str | Path) or not numbers:
@@ -129,7 +131,7 @@ class Latents(Dataset):
     def manifest(self) -> dict[str, Any]:
         """Name, count, shape, scale, and each file's name, rows and hash; one pass over all files, when first asked.
 
-        The hash is that of header, values and labels, without the images.
+        The hash is that of header, values and labels, without the images: cached features of these have one of theirs.
         """
         return {
             "name": "latents",

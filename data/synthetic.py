@@ -26,6 +26,8 @@ class Synthetic(Dataset):
         InputError: another number of sizes than three, or one below 1.
     """
 
+    data_are_images = False
+
     def __init__(
         self, shape: Sequence[int] = (4, 32, 32), *, num_classes: int = 1000, count: int = 1024, seed: int = 0
     ) -> None:

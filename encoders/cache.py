@@ -19,8 +19,8 @@ from pathline import data, encoders
 from pathline.core.config import load
 from pathline.core.errors import ConfigurationError, PathlineError
 from pathline.data import Dataset
-from pathline.data.features import write_features
-from pathline.encoders.sources import Computed
+from pathline.data.features import check_place, write_features
+from pathline.encoders.sources import Computed, hash_of_images
 
 __all__ = ["cache", "main"]
 
@@ -38,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     given = parser.parse_intermixed_args(arguments)
     try:
+        check_place(given.output)
+        device = _usable(given.device)
         c = load(given.configuration, given.entries)
         if not 0 <= given.encoder < len(c.encoders) or given.batch < 1:
             raise ConfigurationError(
@@ -46,12 +48,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         component = {key: value for key, value in c.encoders[given.encoder].items() if key != "cache"}
         dataset = data.build(c.data)
-        cache(component, dataset, given.output, batch=given.batch, device=torch.device(given.device))
+        cache(component, dataset, given.output, batch=given.batch, device=device)
     except (PathlineError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{len(dataset):,} samples in {given.output}, {given.output.stat().st_size / 2**20:,.1f} MiB")
     return 0
+
+
+def _usable(name: str) -> torch.device:
+    """Return a device by its name.
+
+    Raises:
+        ConfigurationError: there is none of that name here, or it holds no numbers.
+    """
+    try:
+        device = torch.device(name)
+        torch.zeros((), device=device).item()
+    except (RuntimeError, AssertionError, ImportError) as error:  # the second: of a torch built without it
+        said = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ConfigurationError(
+            f"got --device {name}, which cannot be used here ({said}); expected cpu, or cuda, cuda:1, mps where there "
+            "is one"
+        ) from error
+    return device
 
 
 def cache(component: dict[str, Any], dataset: Dataset, output: Path, *, batch: int, device: torch.device) -> None:
@@ -71,7 +91,10 @@ def cache(component: dict[str, Any], dataset: Dataset, output: Path, *, batch: i
     source.to(device)
     shape = (len(dataset), source.grid[0] * source.grid[1], source.dim)
     rows = _encoded(source, dataset, batch, device)
-    write_features(output, rows, shape, component=component, encoder=source.manifest, data=dataset.manifest)
+    images = str(hash_of_images(dataset))  # data without images were refused
+    write_features(
+        output, rows, shape, component=component, encoder=source.manifest, data=dataset.manifest, images=images
+    )
 
 
 def _encoded(source: Computed, dataset: Dataset, size: int, device: torch.device) -> Iterator[Tensor]:

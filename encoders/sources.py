@@ -18,9 +18,12 @@ from pathline.core.errors import DataError
 from pathline.data.base import Batch, Dataset
 from pathline.data.features import FeatureFile
 from pathline.encoders.base import Encoder
-from pathline.encoders.networks import hash_of_file
+from pathline.encoders.networks import hash_of_file, hash_of_tensors
 
-__all__ = ["Cached", "Computed", "Source", "images_of"]
+__all__ = ["Cached", "Computed", "Source", "hash_of_images", "images_of"]
+
+_PROBED = 64  # samples whose images are compared with those that features were made of
+_SLACK = 1e-3  # of values in [−1, 1], for the rounding of what made them
 
 
 class Source(ABC):
@@ -50,22 +53,24 @@ class Computed(Source):
 
     Args:
         encoder: built.
-        dataset: whose first image it is tried on, by its shape.
+        dataset: whose first image it is tried on, by its shape and range.
 
     Raises:
-        DataError: the data have no images.
+        DataError: the data have no images, or floats outside [−1, 1].
         InputError: images that the encoder does not take.
     """
 
     def __init__(self, encoder: Encoder, dataset: Dataset) -> None:
-        encoder.check(images_of(dataset.batch([0])))
-        self.encoder = encoder
+        first = images_of(dataset.batch([0]), dataset)
+        encoder.check(first)
+        _check_range(first)
+        self.encoder, self.dataset = encoder, dataset
         self.dim, self.grid, self.manifest = encoder.dim, encoder.grid, encoder.manifest
 
     def tokens(self, batch: Batch, device: torch.device) -> Tensor:
         """Return the tokens of a batch's images, (N, T, D), without gradients."""
         with torch.no_grad():
-            found: Tensor = self.encoder(send(images_of(batch), device))
+            found: Tensor = self.encoder(send(images_of(batch, self.dataset), device))
         return found
 
     def to(self, device: torch.device) -> None:
@@ -79,7 +84,7 @@ class Cached(Source):
     Args:
         path: of the file.
         component: the encoder's entry in the configuration; weights that it names are compared by their hash.
-        dataset: whose features they must be.
+        dataset: whose features they must be, by its manifest and, if it has images, by those of 64 samples.
 
     Raises:
         DataError: no such file, a damaged one, or one of other data or of another encoder, weights or resolution.
@@ -88,7 +93,8 @@ class Cached(Source):
 
     def __init__(self, path: Path, component: Mapping[str, Any], dataset: Dataset) -> None:
         self.file, weights = FeatureFile(path), component.get("weights")
-        self.file.check(component, None if weights is None else hash_of_file(Path(weights)), dataset.manifest)
+        used = None if weights is None else hash_of_file(Path(weights))
+        self.file.check(component, used, dataset.manifest, hash_of_images(dataset))
         told = self.file.encoder
         self.dim, self.grid = self.file.shape[2], (int(told["grid"][0]), int(told["grid"][1]))
         self.manifest = {**told, "cache": self.file.sha256}
@@ -98,16 +104,39 @@ class Cached(Source):
         return send(self.file.rows(batch["index"]), device).float()
 
 
-def images_of(batch: Batch) -> Tensor:
-    """Return a batch's images: its ``image``, or its ``data`` if these have one channel or three.
+def images_of(batch: Batch, dataset: Dataset) -> Tensor:
+    """Return the images of a data set's batch: its ``image``, or its ``data`` if these are images.
 
     Raises:
-        DataError: neither, as with latents that come without their images.
+        DataError: neither, as with latents that come without their images, or data of two channels or more than three.
     """
-    images = batch.get("image", batch["data"])
-    if images.ndim != 4 or images.shape[1] not in (1, 3):
+    images = batch.get("image", batch["data"] if dataset.data_are_images else None)
+    if images is None or images.ndim != 4 or images.shape[1] not in (1, 3):
         raise DataError(
-            f"got data of shape {tuple(images.shape[1:])} without images, which an encoder needs; use a data set whose "
-            "batches have an image beside latents, or features that were computed before (cache: PATH)"
+            f"got data of shape {tuple(batch['data'].shape[1:])} without images, which an encoder needs; use a data "
+            "set whose batches have an image beside latents, or features that were computed before (cache: PATH)"
         )
     return images
+
+
+def hash_of_images(dataset: Dataset) -> str | None:
+    """Return the SHA-256 of the images of up to 64 samples, spread evenly from the first to the last.
+
+    Returns:
+        None for data without images.
+    """
+    last = len(dataset) - 1
+    batch = dataset.batch(sorted({number * last // (_PROBED - 1) for number in range(_PROBED)}))
+    if "image" not in batch and not dataset.data_are_images:
+        return None
+    return hash_of_tensors({"images": images_of(batch, dataset)})
+
+
+def _check_range(images: Tensor) -> None:
+    """Check that floats are in [−1, 1]: others would be encoded as something else, without a word."""
+    largest = float(images.abs().max()) if images.is_floating_point() else 0.0
+    if largest > 1 + _SLACK:
+        raise DataError(
+            f"got floats of up to {largest:.4g} for images, expected values in [−1, 1], or uint8 from 0 to 255; scale "
+            "them, or set the data set's data_are_images to false where they are none"
+        )

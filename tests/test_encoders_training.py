@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -157,17 +158,17 @@ def test_flops_are_the_networks_alone(small, tmp_path):
 class Latents(data.Dataset):
     """Latents of 4 × 8 × 8, with or without the images that they are of."""
 
-    shape, num_classes = (4, 8, 8), 10
+    num_classes, data_are_images = 10, False
 
-    def __init__(self, images=None):
-        self.images = images
+    def __init__(self, images=None, channels=4):
+        self.images, self.shape = images, (channels, 8, 8)
 
     def __len__(self):
         return 12
 
     def batch(self, indices):
         index = as_indices(indices, 12)
-        latents = torch.randn(12, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+        latents = torch.randn(12, *self.shape, generator=torch.Generator().manual_seed(3))
         images = {} if self.images is None else {"image": self.images[index]}
         return {"data": latents[index], "label": index % 10, "index": index, **images}
 
@@ -198,6 +199,58 @@ def test_latents_without_images_are_refused(small):
         Computed(encoder, Latents())
     with pytest.raises(InputError, match="got images of 40 × 40 for timm at 48 × 48"):
         Computed(encoders.build(small(resize=False)), Latents(torch.zeros(12, 3, 40, 40)))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_latents_are_no_images_whatever_their_channels(channels, small, tmp_path):
+    """Those of some autoencoders have three channels; only the data set knows what they are."""
+    path = tmp_path / "latents.safetensors"
+    save_file({"latents": torch.rand(5, channels, 8, 8), "labels": torch.arange(5)}, path)
+    encoder = encoders.build(small())
+    for dataset in (
+        Latents(channels=channels),
+        data.build("synthetic", shape=(channels, 8, 8)),
+        data.build("latents", path=str(path), num_classes=5),
+    ):
+        with pytest.raises(DataError, match=rf"got data of shape \({channels}, 8, 8\) without images, which an enc"):
+            Computed(encoder, dataset)
+    assert data.build("digits").data_are_images
+
+
+def test_floats_of_another_range_are_refused(small):
+    encoder, levels = encoders.build(small()), torch.full((12, 3, 48, 48), 255.0)
+    levels[0, 1, 2, 3] = -200.0
+    for images, largest in ((levels, "255"), (levels / 100, "2.55"), (-levels / 200, "1.275")):
+        with pytest.raises(DataError, match=rf"got floats of up to {largest} for images, expected values in \[−1, 1\]"):
+            Computed(encoder, Latents(images))
+    for images in (levels.byte(), levels / 255, (levels / 255).bfloat16() * 1.0001):
+        assert Computed(encoder, Latents(images)).dim == 64
+
+
+def test_tokens_are_computed_in_the_precision_of_the_run(small, tmp_path):
+    """In bf16 they are those of the encoder called within autocast, bit for bit, and not those of float32."""
+    entry, given = small(), []
+    trainer = Trainer(configuration(tmp_path, [entry], train={"precision": "bf16"}))
+    objective = trainer.parts.objective
+    loss = objective.loss
+
+    def recorded(*arguments):
+        given.append(arguments[4])
+        return loss(*arguments)
+
+    objective.loss = recorded
+    take_step(trainer.state)
+    dataset, encoder = trainer.parts.dataset, encoders.build(entry)
+    images = dataset.batch(dataset.indices_at(range(6), 5))["data"]
+
+    def on_four(tokens):
+        image = tokens.float().transpose(1, 2).reshape(6, 64, 3, 3)
+        return functional.interpolate(image, (2, 2), mode="bicubic", antialias=True).flatten(2).transpose(1, 2)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = encoder(images)
+    ((tokens,),) = given
+    assert torch.equal(tokens, on_four(rounded)) and not torch.equal(tokens, on_four(encoder(images)))
 
 
 def test_tokens_that_are_not_finite_skip_the_step(small, tmp_path):
@@ -393,11 +446,36 @@ def test_features_of_something_else_are_refused(cached, weights, tmp_path):
     assert said.startswith("encoders.0: got ") and "features of something else" in said
 
 
+@pytest.mark.parametrize("count", [1, 12, 200])
+def test_features_of_other_images_are_refused(count, small, tmp_path):
+    """Of latents the manifest leaves the images out; first and last sample are always among those compared."""
+    generator = torch.Generator().manual_seed(6)
+    images = torch.randint(256, (count, 3, 48, 48), dtype=torch.uint8, generator=generator)
+
+    def dataset(images, with_images=True):
+        path = tmp_path / "latents.safetensors"
+        latents = {"latents": torch.ones(count, 4, 2, 2), "labels": torch.zeros(count, dtype=torch.long)}
+        save_file({**latents, "images": images}, path)
+        return data.build("latents", path=str(path), num_classes=1, images=with_images)
+
+    entry, output = small(resize=False), tmp_path / "features.safetensors"
+    command.cache(entry, dataset(images), output, batch=64, device=CPU)
+    assert Cached(output, entry, dataset(images)).dim == Cached(output, entry, dataset(images, False)).dim == 64
+    for changed in {0, count // 2 if count < 64 else count - 1, count - 1}:
+        others = images.clone()
+        others[changed, 1, 40, 5] ^= 1
+        with pytest.raises(DataError, match=r"features of something else \(the data's images \w{64} -> \w{64}\)"):
+            Cached(output, entry, dataset(others))
+        assert Cached(output, entry, dataset(others, False)).dim == 64  # nothing to compare
+
+
 def test_files_without_features(tmp_path, cached):
     _, plain = cached()
     path, content = tmp_path / "features.safetensors", (tmp_path / "features.safetensors").read_bytes()
     dataset = data.build("digits", split="held-out")
+    save_file({"features": torch.ones(2, 3, 5).half()}, tmp_path / "bare", {"format": "pathline features 1"})
     for changed, message in (
+        ((tmp_path / "bare").read_bytes(), "which holds no features"),
         (content[:-2], "a damaged file"),
         (content[:40], "a damaged file"),
         (b"", "a damaged file"),
@@ -415,6 +493,7 @@ def test_files_without_features(tmp_path, cached):
 def test_a_file_appears_whole_or_not_at_all(tmp_path):
     """An older one stays as it is."""
     told = {"component": {"name": "x"}, "encoder": {"grid": [1, 2], "weights": "hub", "sha256": "3"}, "data": {"a": 1}}
+    told["images"] = "5"
     path = tmp_path / "features.safetensors"
     rows = torch.randn(5, 2, 3)
     write_features(path, iter((rows[:2], rows[2:])), (5, 2, 3), **told)
@@ -435,6 +514,9 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
         with pytest.raises(error):
             write_features(path, batches, (5, 2, 3), **told)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+    for place in (tmp_path, tmp_path / "none" / "x", Path(".")):
+        with pytest.raises(DataError, match="to write features to, expected a file in a folder that is there"):
+            write_features(place, (rows,), (5, 2, 3), **told)
 
 
 def test_the_command_names_what_is_wrong(tmp_path, small, capsys):
@@ -450,3 +532,20 @@ def test_the_command_names_what_is_wrong(tmp_path, small, capsys):
     ):
         assert command.main([str(file), str(tmp_path / "out"), *words]) == 2
         assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("c.yaml", "."), "got . to write features to, expected a file in a folder that is there"),
+        (("c.yaml", "none/out"), "got none/out to write features to"),
+        (("c.yaml", "out", "--device", "cud"), "got --device cud, which cannot be used here"),
+        (("c.yaml", "out", "--device", "cuda:77"), "got --device cuda:77, which cannot be used here"),
+        (("c.yaml", "out", "--device", "meta"), "got --device meta, which cannot be used here"),
+    ],
+)
+def test_the_command_refuses_output_and_device_before_it_loads(words, said, tmp_path, capsys, monkeypatch):
+    """In a folder without the configuration, which would be the next to be missed."""
+    monkeypatch.chdir(tmp_path)
+    assert command.main(list(words)) == 2
+    assert capsys.readouterr().err.startswith(f"error: {said}") and not list(tmp_path.iterdir())
