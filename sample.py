@@ -46,8 +46,10 @@ def sample(model: Path, entries: Sequence[str]) -> None:
     beside = weights.resolve().parent if weights.is_file() else weights.resolve().parent.parent
     output = Path(configuration.sample.output or beside / default_name(configuration))
     written = sampling.save(drawn, configuration, weights, output, pathline.__version__)
+    blocks = "" if drawn.block_evaluations is None else f", {drawn.block_evaluations} transformer blocks"
     print(
-        f"{len(drawn.x):,} samples by {configuration.solver['name']}, NFE {drawn.nfe} each, in {drawn.seconds:.1f} s "
+        f"{len(drawn.x):,} samples by {configuration.solver['name']}, NFE {drawn.nfe}{blocks} each, in "
+        f"{drawn.seconds:.1f} s "
         f"({time.process_time() - cpu:.1f} CPU s with loading and writing)"
     )
     print("wrote " + ", ".join(map(str, written)))

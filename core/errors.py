@@ -103,6 +103,6 @@ class SolverError(PathlineError, RuntimeError):
 def suggest(word: str, known: Iterable[str]) -> str:
     """Return ``did you mean …? Known: …`` for an unknown word; the nearest match first, then the full list."""
     names = sorted(known)
-    near = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(str(word), names, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return f"{hint}Known: {', '.join(names) if names else 'none'}"

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
 from pathline import Flow, backbones, interpolants, objectives, solvers
 from pathline.core.composed import Rescheduled, SplitFlow
+from pathline.sample import main as sample
 from pathline.solvers import guidance
+from pathline.train import main as train
 
 LINEAR = interpolants.build("linear")
 TOY = dict(input_size=4, patch_size=2, in_channels=3, hidden_size=8, num_heads=2, num_classes=7)
@@ -120,3 +124,24 @@ def test_a_branched_backbone_counts_its_trunk_alone(noise):
     solution = solvers.build("heun", steps=3).solve(Flow(backbone, LINEAR), noise, label=LABEL)
     assert solution.block_evaluations == len(ran) == 6 * 5
     assert objectives.build("deepflow", interpolant=LINEAR)(backbone, noise, label=LABEL).total.isfinite()
+
+
+def test_a_drawing_tells_them_and_has_a_name_of_its_own(tmp_path, capsys):
+    """Three steps of Euler: two blocks a call, or one of an exit, or 1 + 2 + 2 where it switches."""
+    backbone = {"name": "deepflow", "input_size": 8, "patch_size": 4, "in_channels": 1, "hidden_size": 8, "depth": 2}
+    backbone |= {"num_heads": 2, "num_classes": 10, "acceleration_width": 3}
+    train_section = {"steps": 1, "global_batch": 2, "folder": str(tmp_path / "run"), "accelerator": "cpu"}
+    sections = {"data": "digits", "backbone": backbone, "objective": "deepflow", "train": train_section}
+    sections |= {"solver": {"name": "euler", "steps": 3}, "sample": {"count": 5}}
+    (tmp_path / "c.yaml").write_text(json.dumps(sections))
+    assert train([str(tmp_path / "c.yaml")]) == 0
+    words = (
+        "guidance=[]",
+        "guidance=[{name: branch, branch: 1}]",
+        "guidance=[{name: branch, schedule: [[1, 1], [0.7, 2]]}]",
+    )
+    for word, blocks in zip(words, (6, 3, 5), strict=True):
+        assert sample([str(tmp_path / "run"), word]) == 0
+        assert f"NFE 3, {blocks} transformer blocks each" in capsys.readouterr().out
+    records = [json.loads(path.read_text()) for path in (tmp_path / "run").glob("samples-*.json")]
+    assert sorted(record["block_evaluations"] for record in records) == [3, 5, 6]

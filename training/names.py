@@ -22,14 +22,23 @@ def default_name(configuration: Configuration) -> str:
     released = configuration.weights if isinstance(configuration, ReleasedConfiguration) else None
     words = ["samples", *(_model_words(released, configuration.backbone) if released else ())]
     words += [solver["name"], solver.get("steps")]
-    words += [f"{item['name']}-{_scale(item['scale'])}" for item in configuration.guidance if item.get("scale", 1) != 1]
+    words += [_guidance_words(item) for item in configuration.guidance if item.get("scale") != 1]
     words.append(configuration.sample.average)
     return "-".join(str(word) for word in (*words, f"seed-{configuration.sample.seed}") if word is not None) + ".npz"
 
 
 def _model_words(released: Released, backbone: dict[str, Any]) -> list[str | None]:
-    told = hashlib.sha256(json.dumps([released.sha256, backbone], sort_keys=True).encode()).hexdigest()
-    return [Path(released.file).stem, released.family, released.key, *released.defects, told[:8]]
+    told = _hash([released.sha256, backbone])[:8]
+    return [Path(released.file).stem, released.family, released.key, *released.defects, told]
+
+
+def _guidance_words(item: dict[str, Any]) -> str:
+    """Return the name of a guidance with its scale, or with a hash of its options if it has none."""
+    return f"{item['name']}-{_scale(item['scale']) if 'scale' in item else _hash(item)[:4]}"
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _scale(scale: float | list[float]) -> str:

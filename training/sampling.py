@@ -45,12 +45,14 @@ class Drawn:
         x: (N, C, H, W) on the host.
         labels: (N,), or None.
         nfe: network calls of one batch's solve, the most of all batches.
+        block_evaluations: transformer blocks that ran in them, the most as well; None for a network without any.
         seconds: wall time of all solves.
     """
 
     x: Tensor
     labels: Tensor | None
     nfe: int
+    block_evaluations: int | None
     seconds: float
 
 
@@ -193,15 +195,17 @@ def solve(
         SolverError: a sample became NaN or infinite.
     """
     flow, device = parts.flow(network), next(network.parameters()).device
-    pieces, nfe, began = [], 0, time.perf_counter()
+    pieces, spent, began = [], [], time.perf_counter()
     for first in tqdm(range(0, count, batch), desc="sampling", unit="batch", disable=not progress):
         ids = range(first, min(first + batch, count))
         noise = Draws(seed).normal("initial noise", ids, parts.dataset.shape).to(device)
         given = parts.conditions(None if labels is None else labels[first : ids.stop].to(device))
         solution = parts.solver.solve(flow, noise, seed=seed, sample_ids=ids, **given)
         pieces.append(solution.x.cpu())
-        nfe = max(nfe, solution.nfe)
-    return Drawn(torch.cat(pieces), labels, nfe, time.perf_counter() - began)
+        spent.append((solution.nfe, solution.block_evaluations))
+    blocks = [ran for _, ran in spent if ran is not None]
+    most = max(blocks) if blocks else None
+    return Drawn(torch.cat(pieces), labels, max(calls for calls, _ in spent), most, time.perf_counter() - began)
 
 
 def draw_picture(parts: Parts, network: nn.Module) -> Drawn:
@@ -258,6 +262,7 @@ def _record(drawn: Drawn, configuration: Configuration, checkpoint: Path, versio
         "solver": c["solver"],
         "guidance": c["guidance"],
         "nfe": drawn.nfe,
+        "block_evaluations": drawn.block_evaluations,
         "seconds": round(drawn.seconds, 3),
         **values,
         "data": c["data"],
