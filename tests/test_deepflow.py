@@ -33,7 +33,7 @@ X, T, LABEL = torch.randn(2, 3, 4, 4), torch.tensor([0.3, 0.8]), torch.tensor([1
 
 def test_branches_have_their_numbers_and_shapes():
     for cuts in ((), (2,), (1, 2, 4)):
-        backbone = shuffled(build(cuts=cuts, align_dims=(5, 9), align_width=6))
+        backbone = shuffled(build(cuts=cuts, **(dict(align_dims=(5, 9), align_width=6) if cuts else {})))
         times = [torch.rand(2) for _ in cuts]
         out = backbone(X, T, label=LABEL, branch_times=times)
         assert isinstance(out, Branches)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from pathline import InputError, backbones
+from pathline import InputError, InputTypeError, backbones
 from pathline.core.config import resolve
 from pathline.plugins.deepflow import Branches, Spoken
 from pathline.training.network import units
@@ -355,12 +355,13 @@ def test_depth_and_blocks_of_a_branch():
     backbone = build()
     assert (backbone.depth, backbone.branch_count, backbone.align_dims) == (5, 3, ())
     assert [backbone.blocks_until(branch) for branch in (1, 2, 3)] == [1, 3, 5]
-    assert build(align_dims=[5, 9]).align_dims == (5, 9) and build(cuts=(), align_dims=(5,)).align_dims == ()
+    assert build(align_dims=[5, 9]).align_dims == (5, 9) and build(cuts=()).align_dims == ()
     assert backbones.build("sit", **TOY).depth == build(cuts=()).blocks_until(1) == 5
     assert backbones.build("mlp", dim=2, depth=4).depth is None and backbones.wrap(lambda x, t: x).depth is None
     for refiner in REFINERS:
-        assert build(refiner=refiner).has_acceleration == (refiner in ACCELERATING)
-        assert not build(refiner=refiner, cuts=()).has_acceleration
+        made = build(refiner=refiner)
+        assert made.refiner == refiner and made.has_acceleration == (refiner in ACCELERATING)
+    assert not build(cuts=()).has_acceleration
     for branch in (0, 4, -1, 1.5):
         with pytest.raises(InputError, match=r"expected ascending, distinct branches of 1 … 3"):
             backbone.blocks_until(branch)
@@ -435,7 +436,7 @@ def test_no_norm_is_taken_twice(refiner):
 
 
 def test_one_branch():
-    backbone = shuffled(build(cuts=(), refiner="gap"))
+    backbone = shuffled(build(cuts=()))
     out = backbone(X, T, label=LABEL, spoken=Spoken((1,)))
     assert torch.equal(out.velocities[0], backbone(X, T, label=LABEL))
     with pytest.raises(InputError, match=r"got accelerations \(1,\) in spoken, expected none"):
@@ -470,6 +471,31 @@ def test_no_acceleration_of_a_refiner_without_one():
             build(refiner=refiner)(X, T, label=LABEL, spoken=Spoken((3,), (1,)))
     with pytest.raises(InputError, match="got 1 branch times, expected 2"):
         build()(X, T, label=LABEL, branch_times=(T,), spoken=Spoken((1,)))
+    for spoken in ((), (1,), 1):
+        with pytest.raises(InputTypeError, match=r"got spoken .*, expected Spoken\(velocities=…, accelerations=…\)"):
+            build()(X, T, label=LABEL, spoken=spoken)
+
+
+def test_the_projectors_width_by_default():
+    assert shapes(build(align_dims=(5,))) == shapes(build(align_dims=(5,), align_width=2048))
+    assert build(align_dims=(5,)).projectors[1][0][0].out_features == 2048
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (dict(refiner="gap"), "refiner 'gap'"),
+        (dict(residual="query"), "residual 'query'"),
+        (dict(residual="velocity", zero_output=True), "residual 'velocity', zero_output True"),
+        (dict(shared_heads=False), "shared_heads False"),
+        (dict(gap_scale=1000.0, clamp_gap=True), "gap_scale 1000.0, clamp_gap True"),
+        (dict(align_dims=[5]), r"align_dims \(5,\)"),
+    ],
+)
+def test_options_of_cuts_that_there_are_not(options, named):
+    for one in (dict(cuts=()), dict(cuts=None, branches=1)):
+        with pytest.raises(InputError, match=f"got {named} for a backbone of one branch, which has no cut; leave out"):
+            build(**one, **options)
 
 
 @pytest.mark.parametrize(
@@ -493,6 +519,18 @@ def test_no_acceleration_of_a_refiner_without_one():
         (dict(acceleration_width=()), r"got acceleration_width \(\), expected positive numbers"),
         (dict(acceleration_width=(5, 0)), "expected positive numbers"),
         (dict(acceleration_width=(5, 1.5)), "expected positive numbers"),
+        *[(dict(acceleration_width=value), f"acceleration_width {value}, expected posi") for value in (20.5, True)],
+        (dict(acceleration_width="20"), "got acceleration_width 20, expected positive numbers"),
+        (dict(gap_scale="a"), "got gap_scale a, expected a positive finite number"),
+        *[(dict(cuts=None, branches=value), f"got branches {value} and depth 5") for value in (5.0, True, "5")],
+        (dict(cuts=[1.5]), r"got cuts \(1.5,\), expected ascending, distinct block counts from 1 to 4"),
+        (dict(cuts=1.5), "got cuts 1.5, expected a sequence of block counts"),
+        (dict(align_dims=384), "align_dims 384; expected positive numbers"),
+        (dict(align_dims=[384.5]), r"align_dims \[384.5\]; expected positive numbers"),
+        (dict(align_dims=[5], align_width=6.0), r"align_width 6.0, align_dims \[5\]; expected positive numbers"),
+        (dict(align_width=77), "got align_width 77 without align_dims, which alone use it; give both or neither"),
+        (dict(align_dims=[5], align_layer=2), "got align_layer 2 for a branched backbone, whose projectors stand afte"),
+        (dict(align_layer=2), "leave it out and give align_dims alone"),
         *[
             (dict(gap_scale=value), "got gap_scale .*, expected a positive finite number")
             for value in (0, -1, math.inf)

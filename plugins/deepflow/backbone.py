@@ -18,8 +18,14 @@ from pathline.backbones.base import registry as backbone_registry
 from pathline.backbones.layers import Projector, ScalarEmbedding
 from pathline.backbones.sit import SIZES, SizeName, resolve_size
 from pathline.core.checks import check_time_shape
-from pathline.core.errors import InputError
-from pathline.plugins.deepflow.branches import Branches, Spoken, resolve_cuts
+from pathline.core.errors import InputError, InputTypeError
+from pathline.plugins.deepflow.branches import (
+    Branches,
+    Spoken,
+    check_alignment,
+    check_one_branch,
+    resolve_cuts,
+)
 from pathline.plugins.deepflow.refiner import (
     ACCELERATING,
     RefinerName,
@@ -50,7 +56,8 @@ class DeepFlow(Backbone):
         hidden_size: width D, unless a size is named.
         depth: number of blocks.
         num_heads: attention heads, of the trunk and of the cross-space attention.
-        branches: number of branches k, cut at i·depth/k; 2 unless given, and 1 is the plain trunk.
+        branches: number of branches k, cut at i·depth/k; 2 unless given, and 1 is the plain trunk, for which the rest
+            but acceleration_width, without effect, keep their defaults.
         cuts: block counts after which a branch ends, ascending, in 1 … depth − 1; in place of ``branches``.
         refiner: what stands at a cut, see ``VelocityRefiner``: the paper's ``vera``, or a rung of its ladder (Table 7);
             ``none`` is deep supervision alone.
@@ -64,11 +71,12 @@ class DeepFlow(Backbone):
             for t); the raw gap of 0.01 moves them by 0.2 % only.
         clamp_gap: limit the gap's scale to [−5, 5]: on for the weights released with alignment, off for the others.
         align_dims: width of each encoder to align to; none by default.
-        align_width: hidden width of the alignment projectors.
+        align_width: hidden width of the alignment projectors; None is 2048. Only with align_dims.
 
     Attributes:
         cuts: block counts after which a branch ends.
         branch_count: k.
+        refiner: what stands at a cut.
         has_acceleration: whether the branches 1 … k − 1 say an acceleration.
         align_dims: width of each encoder that tokens are projected to after a cut.
 
@@ -94,23 +102,34 @@ class DeepFlow(Backbone):
         gap_scale: float = 1.0,
         clamp_gap: bool = False,
         align_dims: Sequence[int] = (),
-        align_width: int = 2048,
+        align_width: int | None = None,
         **trunk_options: Any,
     ) -> None:
         super().__init__()
         width, heads, blocks = resolve_size(size, hidden_size, num_heads, depth, BRANCHED_SIZES)
         self.cuts = resolve_cuts(branches, cuts, blocks)
-        if min(align_width, *align_dims, 1) < 1:
-            raise InputError(f"got align_width {align_width}, align_dims {align_dims}; expected positive numbers")
+        check_alignment(align_dims, align_width, trunk_options.get("align_layer"))
         kept = resolve_residual(refiner, residual)
         hidden = hidden_widths(acceleration_width)
         check_used(refiner, kept, zero_output, acceleration_width, gap_scale, clamp_gap)
+        if not self.cuts:
+            check_one_branch(
+                {
+                    "refiner": (refiner, "vera"),
+                    "residual": (residual, None),
+                    "zero_output": (zero_output, False),
+                    "shared_heads": (shared_heads, True),
+                    "gap_scale": (gap_scale, 1.0),
+                    "clamp_gap": (clamp_gap, False),
+                    "align_dims": (tuple(align_dims), ()),
+                }
+            )
         self.trunk = _build_trunk(trunk, hidden_size=width, num_heads=heads, depth=blocks, **trunk_options)
         self.num_classes, self.null_label = self.trunk.num_classes, self.trunk.null_label
         self.input_shape, self.depth = self.trunk.input_shape, blocks
         self.branch_count = len(self.cuts) + 1
-        self.has_acceleration = bool(self.cuts) and refiner in ACCELERATING
-        self.align_dims = tuple(align_dims) if self.cuts else ()
+        self.refiner, self.has_acceleration = refiner, bool(self.cuts) and refiner in ACCELERATING
+        self.align_dims = tuple(align_dims)
         if not self.cuts:
             return
         self._build_heads(shared_heads)
@@ -129,7 +148,7 @@ class DeepFlow(Backbone):
             for _ in (self.cuts if refiner != "none" else ())
         )
         self.projectors = nn.ModuleList(
-            nn.ModuleList(Projector(width, align_width, dim) for dim in align_dims) for _ in self.cuts
+            nn.ModuleList(Projector(width, align_width or 2048, dim) for dim in align_dims) for _ in self.cuts
         )
 
     def _build_heads(self, shared: bool) -> None:
@@ -188,6 +207,7 @@ class DeepFlow(Backbone):
 
         Raises:
             InputError: wrong shapes, a number of branch times other than k − 1, or branches that do not exist.
+            InputTypeError: ``spoken`` is not a ``Spoken``.
         """
         self.check_inputs(x, t, conditions.get("label"))
         times = self._times(x, t, branch_times)
@@ -225,6 +245,8 @@ class DeepFlow(Backbone):
         """Return which branches speak: those asked, else the last one's velocity, or all there is in training."""
         cuts = len(self.cuts) if self.has_acceleration else 0
         if spoken is not None:
+            if not isinstance(spoken, Spoken):
+                raise InputTypeError(f"got spoken {spoken!r}, expected Spoken(velocities=…, accelerations=…)")
             spoken.check(self.branch_count, cuts)
             return spoken
         if plain:

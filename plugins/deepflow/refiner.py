@@ -55,8 +55,9 @@ def hidden_widths(width: int | Sequence[int]) -> tuple[int, ...]:
     Raises:
         InputError: none, or one that is not a positive whole number.
     """
-    widths = (width, 2 * width, width) if isinstance(width, int) else tuple(width)
-    if not widths or not all(isinstance(hidden, int) and hidden >= 1 for hidden in widths):
+    several = tuple(width) if isinstance(width, Sequence) else ()
+    widths = (width, 2 * width, width) if type(width) is int else several
+    if not widths or not all(type(hidden) is int and hidden >= 1 for hidden in widths):
         raise InputError(f"got acceleration_width {width}, expected positive numbers: W, or all hidden widths")
     return widths
 
@@ -88,7 +89,7 @@ def check_used(
     clamp_gap: bool,
 ) -> None:
     """Raise InputError for an option that a refiner does not use."""
-    if not 0 < gap_scale < math.inf:
+    if not isinstance(gap_scale, int | float) or not 0 < gap_scale < math.inf:
         raise InputError(f"got gap_scale {gap_scale}, expected a positive finite number")
     if zero_output and residual is None:
         raise InputError(
