@@ -450,7 +450,7 @@ def test_a_configuration_names_them():
         ([{"name": "branch", "branch": 1.5}], r"guidance.0.branch: got 1.5"),
         ([{"name": "branch", "schedule": [[1, 1, 1]]}], r"guidance.0.schedule: got \[\[1, 1, 1\]\]"),
         ([{"name": "branch", "brnch": 1}], "guidance.0.brnch"),
-        ([{"name": "branch", "branch": 3}], r"solver: got branch 3, expected a branch of 1 … 2"),
+        ([{"name": "branch", "branch": 3}], r"guidance: got branch 3, expected a branch of 1 … 2"),
         ([{"name": "cfg"}, {"name": "internal"}], r"put 'internal' before other guidance"),
         ([{"name": "cfg-zero"}], r"solver: got guidance of the velocity alone"),
     ],
@@ -521,6 +521,9 @@ SIT = Flow(backbones.build("sit", **{**TOY, "depth": 2}), LINEAR)
             "by branch 2 at times where branch 1 is read",
         ),
         (lambda f: wrap("internal", Flow(network(cuts=()), LINEAR)), "none, as the backbone has one"),
+        (lambda f: wrap("look-ahead", wrap("branch", f, branch=1), gap=0.1), "where branch 1 alone is read, which st"),
+        (lambda f: wrap("branch", wrap("look-ahead", f, gap=-0.1), branch=1), "got look-ahead -0.1 where branch 1"),
+        (lambda f: wrap("look-ahead", Flow(network(cuts=()), LINEAR), gap=0.3), "got look-ahead 0.3 where branch 1"),
         (lambda f: wrap("internal", f, channels=4).check(X, {"label": LABEL}), "got channels 4 to guide"),
     ],
 )
@@ -535,6 +538,8 @@ def test_what_is_allowed_beside_it(flow):
     internal = guidance.build("internal", branch=2, interval=(0.0, 0.5))
     assert internal(wrap("branch", flow, schedule=[(1, 1), (0.5, 3)])).reading.weaker == 2
     assert wrap("branch", flow, schedule=[(1, 1), (0.5, 3), (0.0, 1)]).branches_at(torch.tensor(0.0)) == 1
+    assert wrap("look-ahead", wrap("branch", flow, schedule=[(1, 1), (0.5, 2)]), gap=0.1).reading.gap == 0.1
+    assert wrap("look-ahead", wrap("branch", flow, branch=1), gap=0.0).reading.gap == 0.0
 
 
 @pytest.mark.parametrize(

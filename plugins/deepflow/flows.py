@@ -165,6 +165,11 @@ class BranchFlow(Flow):
             check_branch("branch", branch, count)
             if reading.accelerates:
                 check_branch("acceleration of branch", reading.acceleration_of(branch), min(branch, count - 1))
+        if reading.gap and all(branch == 1 for _, branch in self.schedule):
+            raise InputError(
+                f"got look-ahead {reading.gap} where branch 1 alone is read, which stands at t; set gap 0, or read a "
+                "later branch"
+            )
         if reading.internal is None or reading.weaker is None:
             return
         check_branch("weaker branch", reading.weaker, count - 1)

@@ -53,7 +53,7 @@ class LookAhead(Guidance):
         gap: above 0 towards data, below 0 towards noise, 0 is plain sampling; in [−1, 1].
 
     Raises:
-        InputError: a gap outside [−1, 1].
+        InputError: a gap outside [−1, 1], or one other than 0 where no branch after the first is read.
     """
 
     def __init__(self, gap: float) -> None:
