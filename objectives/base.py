@@ -67,6 +67,9 @@ class Objective(ABC):
     differentiates_all: bool = True
     """Whether gradients flow back through all of its network calls, so that a step costs three forward passes."""
 
+    takes_differences: bool = False
+    """Whether its loss divides small differences of the network's outputs, which only float32 resolves."""
+
     def __init__(
         self,
         interpolant: Interpolant,

@@ -54,7 +54,8 @@ class MeanFlowObjective(Objective):
         epsilon: of the adaptive weight, above 0; the paper's 1e-3.
         derivative: ``jvp``, forward-mode differentiation through the plain attention kernel, exact; or
             ``finite-difference``, central along (v, 1), two more network calls without gradients and any kernel;
-            one-sided within ``step`` of r and of 1, so that the network is called at times in [r, 1] alone.
+            one-sided within ``step`` of r and of 1, so that the network is called at times in [r, 1] alone. Only
+            float32 resolves such differences.
         step: of the finite difference in t, in (0, 0.1]; None means 5e-3. Only with it.
 
     Raises:
@@ -92,6 +93,7 @@ class MeanFlowObjective(Objective):
             raise InputError("got a path with latent noise, on which average velocities are not defined here")
         self.share, self.power, self.epsilon = share, power, epsilon
         self.derivative, self.step = derivative, 5e-3 if step is None else step
+        self.takes_differences = derivative == "finite-difference"
         self.interval = interpolant.training_interval("velocity")
         self.weights = {"mean-flow": 1.0}
 

@@ -159,11 +159,11 @@ def test_the_path_has_an_acceleration_of_its_own():
     velocity = half * (wide(torch.cos(half * TIMES[0])) * NOISE - wide(torch.sin(half * TIMES[0])) * DATA)
     deep = sum(w * mean(v - velocity) for w, v in zip((0.2, 0.2, 1.0), out.velocities, strict=True))
     assert torch.allclose(terms["acceleration"], wanted, rtol=1e-4) and torch.allclose(terms["deep"], deep, rtol=1e-4)
-    straight = build(acceleration_target="path").terms(out, DATA, NOISE, TIMES)["acceleration"]
-    assert torch.allclose(straight, sum(mean(a) for a in out.accelerations))
     by_branch = build(path=TRIGONOMETRIC, acceleration_target="path", acceleration_by_branch=True)
     assert torch.allclose(by_branch.terms(out, DATA, NOISE, TIMES)["acceleration"], 0.2 * wanted, rtol=1e-4)
-    assert set(build(path=TRIGONOMETRIC, acceleration=0.0).terms(out, DATA, NOISE, TIMES)) == {"deep"}
+    untrained = build(path=TRIGONOMETRIC, acceleration=0.0).terms(out, DATA, NOISE, TIMES)
+    assert set(untrained) == {"deep", "acceleration"} and torch.equal(untrained["acceleration"], torch.zeros(5))
+    assert torch.equal(untrained["deep"], terms["deep"])
 
 
 @pytest.mark.parametrize("by_clock", [False, True])
@@ -311,6 +311,45 @@ def test_gradients_reach_every_parameter():
         assert all(p.grad is not None for p in made.parameters() if p.requires_grad)
 
 
+@pytest.mark.parametrize("name", ["linear", "trigonometric", "vp", "linear-vp"])
+@pytest.mark.parametrize("shared", [True, False])
+def test_accelerations_that_nothing_trains_have_gradients_of_zero(name, shared):
+    made, path = network(shared_heads=shared), interpolants.build(name)
+    loss = build(path=path, acceleration=0.0)(made, DATA, Draws(0).at(range(5)), label=LABEL)
+    loss.total.backward()
+    heads = [p.grad for key, p in made.named_parameters() if key.startswith("acceleration_head")]
+    assert len(heads) == (4 if shared else 8)
+    assert all(p.grad is not None for p in made.parameters()) and not any(bool(grad.any()) for grad in heads)
+    deep = 0.2 * loss.details["velocity_1"] + 0.2 * loss.details["velocity_2"] + loss.details["velocity"]
+    assert torch.allclose(loss.total, deep.mean())
+    with_material = build(path=path, acceleration=0.0, material=0.5)(made, DATA, Draws(0).at(range(5)), label=LABEL)
+    assert set(with_material.terms) == {"deep", "material"} | ({"acceleration"} if name == "linear" else set())
+
+
+def test_differences_are_taken_within_the_interval_of_the_path(monkeypatch):
+    """On ``vp``, whose velocity is infinite at 0: one-sided also where t − δ lies above 0, but below the least time."""
+    made, seen, vp = network(), [], interpolants.build("vp")
+    made.register_forward_pre_hook(lambda _, given: seen.append(given[1]))
+    low = vp.training_interval("velocity")[0]
+    t = torch.tensor([5e-3 + low / 2, low, 0.5, 1.0, 0.9])
+    objective = build(path=vp, acceleration=0.0, material=1.0, material_method="central-difference")
+    monkeypatch.setattr(objective, "draw_times", lambda _, branches: (t,) * branches)
+    objective(made, DATA, Draws(0).at(range(5)), label=LABEL)
+    assert 0 < low < 1e-3 and len(seen) == 4 and torch.equal(seen[0], t) and torch.equal(seen[3], t)
+    assert torch.allclose(seen[1] - t, 5e-3 * torch.tensor([2.0, 2.0, -1.0, -2.0, -1.0]), atol=1e-7)
+    assert torch.allclose(seen[2] - t, 5e-3 * torch.tensor([1.0, 1.0, 1.0, -1.0, 1.0]), atol=1e-7)
+    assert torch.stack(seen).min() == t.min()
+
+
+def test_which_objectives_divide_differences():
+    methods = {method: build(material=0.5, material_method=method) for method in METHODS}
+    assert {m: o.takes_differences for m, o in methods.items()} == {m: m != "jvp" for m in METHODS}
+    derivatives = ("jvp", "finite-difference")
+    averages = [objectives.build("mean-flow", interpolant=LINEAR, derivative=d).takes_differences for d in derivatives]
+    assert averages == [False, True]
+    assert not build().takes_differences and not objectives.build("velocity", interpolant=LINEAR).takes_differences
+
+
 @pytest.mark.parametrize("gap_sign", ["sample", "down"])
 @pytest.mark.parametrize("method", METHODS)
 def test_the_contract_of_an_objective(method, gap_sign):
@@ -436,6 +475,17 @@ def test_the_acceleration_of_a_path(name, options, ends):
             "got acceleration_by_clock and acceleration_by_branch with acceleration 0",
         ),
         (dict(acceleration=0.0, acceleration_target="path"), "got acceleration_target with acceleration 0"),
+        (dict(acceleration_target="path"), "the Linear path, which is straight: its second derivative is 0 for all da"),
+        (dict(branch_weights=[]), r"got branch_weights \[\], .*; branch_weights are one a branch, or None"),
+        (dict(branch_weights=1.0), "got branch_weights 1.0, .*one a branch, or None"),
+        (dict(branch_weights=[0.2, "1"]), r"got branch_weights \[0.2, '1'\]"),
+        (dict(acceleration="x"), "acceleration 'x', .*expected weights of 0 or more"),
+        (dict(material="x"), "material 'x'; expected weights of 0 or more"),
+        (dict(max_gap="x"), "max_gap 'x', .*expected weights of 0 or more and a gap"),
+        *[
+            (dict(max_gap=0.0, gap_sign=sign), f"got gap_sign '{sign}' with max_gap 0, which leaves no gap")
+            for sign in ("sample", "down", "up")
+        ],
         (dict(acceleration_target="noise"), "got acceleration_target 'noise', expected 'data' or 'path'"),
         (dict(acceleration_target="path", acceleration_by_clock=True), "whose loss has neither velocity nor step"),
         (dict(acceleration_target="path", stop_velocity=False), "got stop_velocity with acceleration_target 'path'"),
@@ -462,7 +512,7 @@ def test_backbones_without_an_acceleration(refiner):
     draws = Draws(0).at(range(5))
     for options in ({}, dict(acceleration=0.0, material=0.5), dict(material=0.5)):
         with pytest.raises(
-            InputError, match="for a backbone whose branches say no acceleration, as with refiner 'gap'"
+            InputError, match=f"for a backbone of refiner '{refiner}', whose branches say no acceleration; set both"
         ):
             build(**options)(made, DATA, draws, label=LABEL)
     loss = build(acceleration=0.0)(made, DATA, draws, label=LABEL)
@@ -472,6 +522,21 @@ def test_backbones_without_an_acceleration(refiner):
     with pytest.raises(InputError, match=r"got material 0.5 for a backbone of one branch, which has no acceleration"):
         build(material=0.5)(network(cuts=()), DATA, draws, label=LABEL)
     assert set(build()(network(cuts=()), DATA, draws, label=LABEL).terms) == {"deep"}  # as ``velocity``
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (dict(gap_sign="up", max_gap=0.3), "gap_sign and max_gap"),
+        (dict(max_gap=0.0), "max_gap"),
+        (dict(acceleration_by_branch=True), "acceleration_by_branch"),
+        (dict(acceleration_by_clock=True, stop_velocity=False), "stop_velocity and acceleration_by_clock"),
+        (dict(path=TRIGONOMETRIC, acceleration_target="path"), "acceleration_target"),
+    ],
+)
+def test_options_of_gaps_and_accelerations_for_one_branch(options, named):
+    with pytest.raises(InputError, match=f"got {named} for a backbone of one branch, without gap and acceleration"):
+        build(**options)(network(cuts=()), DATA, Draws(0).at(range(5)), label=LABEL)
 
 
 @pytest.mark.parametrize("options", [dict(refiner="addition"), dict(refiner="acceleration"), dict(shared_heads=False)])

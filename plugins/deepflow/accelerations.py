@@ -24,10 +24,14 @@ class AccelerationLoss:
     Args:
         interpolant: the path.
         weight: of the loss, λ; with 0 the options below have no effect, and none may be given.
-        target: ``data``, as above, on straight paths alone; or ``path``, ‖a − d²x_t/dt²‖².
+        target: ``data``, as above, on straight paths alone; or ``path``, ‖a − d²x_t/dt²‖², on others.
         stop_velocity: whether no gradient flows into v.
         by_branch: weigh A_i by β_i.
         by_clock: weigh by 1/t².
+
+    Attributes:
+        given: names of the options that are not at their defaults.
+        exists: whether the path has such a loss.
 
     Raises:
         InputError: options without effect, or a path without such a loss.
@@ -50,9 +54,9 @@ class AccelerationLoss:
             raise InputError(
                 f"got {' and '.join(unused)} with acceleration_target 'path', whose loss has neither velocity nor step"
             )
-        unused += ["acceleration_by_branch"] * by_branch + ["acceleration_target"] * (target == "path")
-        if not weight and unused:
-            raise InputError(f"got {' and '.join(unused)} with acceleration 0, which trains none; leave it out")
+        self.given = unused + ["acceleration_by_branch"] * by_branch + ["acceleration_target"] * (target == "path")
+        if not weight and self.given:
+            raise InputError(f"got {' and '.join(self.given)} with acceleration 0, which trains none; leave it out")
         if weight:
             _check_path(interpolant, weight, target)
         self.interpolant, self.target = interpolant, target
@@ -85,6 +89,11 @@ def _check_path(path: Interpolant, weight: float, target: AccelerationTarget) ->
         raise InputError(
             f"got acceleration {weight} on the {name} path: its extrapolation to data is exact on straight paths only; "
             "set acceleration=0, use the linear path, or acceleration_target='path'"
+        )
+    if target == "path" and path.straight:
+        raise InputError(
+            f"got acceleration_target 'path' on the {name} path, which is straight: its second derivative is 0 for "
+            "all data; leave it out, or use another path"
         )
     if target == "path" and path.acceleration_ends():
         raise InputError(

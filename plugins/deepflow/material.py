@@ -18,12 +18,12 @@ from pathline.backbones.layers import math_attention
 from pathline.core.errors import InputError
 from pathline.interpolants.base import broadcast
 
-__all__ = ["METHODS", "MaterialMethod", "material_acceleration"]
+__all__ = ["METHODS", "MaterialMethod", "check_material", "material_acceleration"]
 
 MaterialMethod = Literal["jvp", "central-difference", "branch-times"]
 METHODS: tuple[MaterialMethod, ...] = get_args(MaterialMethod)
 
-_STEP = 5e-3
+_STEP = 5e-3  # for a network in float32; tf32, bf16 and fp16 round v by more than it changes over such a step
 _LEAST_GAP = 1e-3  # below it float32 rounding of v would outweigh what a difference tells
 
 
@@ -41,7 +41,8 @@ def material_acceleration(
     """Return the derivative of v along (v, 1) at (x, t), (N, *S), without gradients.
 
     Args:
-        velocity: v(x, t); called twice, three times by ``central-difference``.
+        velocity: v(x, t), called twice, three times by ``central-difference``; computed in float32 or wider unless the
+            method is ``jvp``, as rounding to tf32, bf16 or fp16 would outweigh the differences.
         x: states, (N, *S).
         t: times, (N,).
         method: ``jvp``, forward-mode differentiation through the plain attention kernel, exact;
@@ -79,6 +80,16 @@ def material_acceleration(
     a, b = broadcast(first, x), broadcast(second, x)
     # the derivative at 0 of the parabola through (0, v), (a, ·) and (b, ·)
     return (b * (along(first) - v) / a - a * (along(second) - v) / b) / (b - a)
+
+
+def check_material(material: float, method: MaterialMethod, max_gap: float) -> None:
+    """Raise InputError for a method that is unknown, without effect, or without a gap to differentiate over."""
+    if method not in METHODS:
+        raise InputError(f"got material_method {method!r}, expected one of {', '.join(METHODS)}")
+    if not material and method != "jvp":
+        raise InputError(f"got material_method {method!r} with material 0, which takes no derivative; leave it out")
+    if material and method == "branch-times" and not max_gap:
+        raise InputError("got material_method 'branch-times' with max_gap 0, between whose times nothing changes")
 
 
 def _stencil(t: Tensor, interval: tuple[float, float], step: float) -> tuple[Tensor, Tensor]:

@@ -21,11 +21,12 @@ from pathline.objectives.base import Loss, Objective, backbone_attribute, regist
 from pathline.objectives.times import TimeLawSpec
 from pathline.plugins.deepflow.accelerations import AccelerationLoss, AccelerationTarget
 from pathline.plugins.deepflow.backbone import Branches
-from pathline.plugins.deepflow.material import METHODS, MaterialMethod, material_acceleration
+from pathline.plugins.deepflow.material import MaterialMethod, check_material, material_acceleration
 
 __all__ = ["DeepFlowObjective", "later_times"]
 
 GapSign = Literal["batch", "sample", "down", "up"]
+_MAX_GAP = 0.01
 
 
 def later_times(
@@ -67,14 +68,15 @@ class DeepFlowObjective(Objective):
         align: μ ≥ 0, weight of the alignment to encoder features (the paper's 0.5 with them, 0 without).
         max_gap: α in [0, 1] (the paper's 0.01).
         gap_sign: one coin for the whole batch (the authors' program), one a ``sample``, or always ``down``, towards
-            data, or ``up``.
+            data, or ``up``; without effect where max_gap is 0.
         acceleration_target: ``data``, A_i as above, on straight paths alone; or ``path``, A_i = ‖a_i − d²x_t/dt²‖² at
-            t_i, on paths whose second derivative is finite.
+            t_i, on paths that are not straight and whose second derivative is finite.
         stop_velocity: whether A_i leaves v_i alone; False lets its gradient flow into v_i as well.
         acceleration_by_branch: weigh A_i by β_i.
         acceleration_by_clock: weigh A_i by 1/t_i²: ‖V − v_i + ½·t_i·a_i‖².
         material: weight ≥ 0 of the material acceleration; λ may be 0 beside it. It takes further network calls.
-        material_method: ``jvp``, ``central-difference`` or ``branch-times`` (over t_2 − t_1): see ``material``.
+        material_method: ``jvp``, or in float32 ``central-difference`` or ``branch-times`` (over t_2 − t_1): see
+            ``material``.
 
     Raises:
         InputError: a weight or gap out of range, options without effect, or an acceleration loss that the path does not
@@ -91,7 +93,7 @@ class DeepFlowObjective(Objective):
         branch_weights: Sequence[float] | None = None,
         acceleration: float = 1.0,
         align: float = 0.0,
-        max_gap: float = 0.01,
+        max_gap: float = _MAX_GAP,
         gap_sign: GapSign = "batch",
         acceleration_target: AccelerationTarget = "data",
         stop_velocity: bool = True,
@@ -101,14 +103,11 @@ class DeepFlowObjective(Objective):
         material_method: MaterialMethod = "jvp",
     ) -> None:
         super().__init__(interpolant, times=times, label_dropout=label_dropout, coupling=coupling)
-        weights = (acceleration, align, material, *(branch_weights or ()))
-        if not all(0 <= weight < math.inf for weight in weights) or not 0 <= max_gap <= 1:
-            raise InputError(
-                f"got branch_weights {branch_weights}, acceleration {acceleration}, align {align}, max_gap {max_gap}, "
-                f"material {material}; expected weights of 0 or more and a gap in [0, 1]"
-            )
+        _check_numbers(branch_weights, max_gap, {"acceleration": acceleration, "align": align, "material": material})
         if gap_sign not in get_args(GapSign):
             raise InputError(f"got gap_sign {gap_sign!r}, expected one of {', '.join(get_args(GapSign))}")
+        if gap_sign != "batch" and not max_gap:
+            raise InputError(f"got gap_sign {gap_sign!r} with max_gap 0, which leaves no gap; leave one out")
         if interpolant.latent_noise:
             name = type(interpolant).__name__
             raise InputError(f"got the {name} path, with latent noise, which branches do not know; use one without")
@@ -120,13 +119,14 @@ class DeepFlowObjective(Objective):
             by_branch=acceleration_by_branch,
             by_clock=acceleration_by_clock,
         )
-        _check_material(material, material_method, max_gap)
+        check_material(material, material_method, max_gap)
         self.branch_weights = None if branch_weights is None else tuple(branch_weights)
         self.max_gap, self.gap_sign = max_gap, gap_sign
         self.material_method = material_method
         self.interval = interpolant.training_interval("velocity")
         self.weights = {"deep": 1.0, "acceleration": acceleration, "material": material, "align": align}
         self.differentiates_all = not material
+        self.takes_differences = bool(material) and material_method != "jvp"
 
     def loss(
         self,
@@ -191,8 +191,9 @@ class DeepFlowObjective(Objective):
             material: D v_k/Dt at (x, t_1), (N, *S).
 
         Returns:
-            ``deep`` (β applied), ``acceleration`` (where branches have one and the path a target for it), ``material``
-            and ``align`` (where given), each (N,) and before λ, the weight of the material acceleration and μ.
+            ``deep`` (β applied), ``acceleration`` (where branches have one; zeros where no term trains it),
+            ``material`` and ``align`` (where given), each (N,) and before λ, the weight of the material acceleration
+            and μ.
 
         Raises:
             InputError: numbers of branches, times, weights or features that do not fit one another.
@@ -214,6 +215,8 @@ class DeepFlowObjective(Objective):
         terms = {"deep": torch.stack([weight * error for weight, error in zip(weights, errors, strict=True)]).sum(0)}
         if out.accelerations and self.acceleration_loss.exists:
             terms["acceleration"] = self._acceleration(out, data, noise, times, weights)
+        elif out.accelerations and material is None:  # several devices wait for every gradient, also one of zeros
+            terms["acceleration"] = 0.0 * torch.stack([a.float().flatten(1).mean(1) for a in out.accelerations]).sum(0)
         if material is not None:
             terms["material"] = torch.stack([squared_error(a, material) for a in out.accelerations]).sum(0)
         if features:
@@ -252,15 +255,22 @@ class DeepFlowObjective(Objective):
         )
 
     def _check_backbone(self, backbone: nn.Module, branches: int) -> None:
-        """Raise InputError where accelerations are to be trained that the backbone does not have."""
+        """Raise InputError where options have no effect, as accelerations to be trained that the backbone lacks."""
         weight, material = self.weights["acceleration"], self.weights["material"]
-        if material and branches == 1:
+        if branches > 1:
+            if (weight or material) and backbone_attribute(backbone, "has_acceleration") is False:
+                refiner = backbone_attribute(backbone, "refiner")
+                raise InputError(
+                    f"got acceleration {weight} and material {material} for a backbone of refiner {refiner!r}, whose "
+                    "branches say no acceleration; set both to 0, or build it with refiner 'vera'"
+                )
+            return
+        if material:
             raise InputError(f"got material {material} for a backbone of one branch, which has no acceleration; set 0")
-        if branches > 1 and (weight or material) and backbone_attribute(backbone, "has_acceleration") is False:
-            raise InputError(
-                f"got acceleration {weight} and material {material} for a backbone whose branches say no acceleration, "
-                "as with refiner 'gap' or 'none'; set both to 0, or build it with refiner 'vera'"
-            )
+        unused = ["gap_sign"] * (self.gap_sign != "batch") + ["max_gap"] * (self.max_gap != _MAX_GAP)
+        unused += self.acceleration_loss.given
+        if unused:
+            raise InputError(f"got {' and '.join(unused)} for a backbone of one branch, without gap and acceleration")
 
     def _align(self, out: Branches, features: Sequence[Tensor]) -> Tensor:
         """Minus the cosine between projected and encoder tokens, mean over tokens, encoders and VeRA blocks, (N,)."""
@@ -269,14 +279,15 @@ class DeepFlowObjective(Objective):
         return torch.stack([negative_cosine(projected, features) for projected in out.features]).mean(0)
 
 
-def _check_material(material: float, method: MaterialMethod, max_gap: float) -> None:
-    """Raise InputError for a method that is unknown, without effect, or without a gap to differentiate over."""
-    if method not in METHODS:
-        raise InputError(f"got material_method {method!r}, expected one of {', '.join(METHODS)}")
-    if not material and method != "jvp":
-        raise InputError(f"got material_method {method!r} with material 0, which takes no derivative; leave it out")
-    if material and method == "branch-times" and not max_gap:
-        raise InputError("got material_method 'branch-times' with max_gap 0, between whose times nothing changes")
+def _check_numbers(branch_weights: Sequence[float] | None, max_gap: float, weights: Mapping[str, float]) -> None:
+    listed = (1.0,) if branch_weights is None else branch_weights
+    numbers = (*listed, *weights.values(), max_gap) if isinstance(listed, Sequence) and listed else ("none",)
+    if not all(isinstance(number, int | float) and 0 <= number < math.inf for number in numbers) or max_gap > 1:
+        others = ", ".join(f"{name} {weight!r}" for name, weight in weights.items())
+        raise InputError(
+            f"got branch_weights {branch_weights!r}, max_gap {max_gap!r}, {others}; expected weights of 0 or more and "
+            "a gap in [0, 1]; branch_weights are one a branch, or None"
+        )
 
 
 def _branch_count(backbone: nn.Module) -> int:
