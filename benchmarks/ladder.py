@@ -103,14 +103,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rungs", nargs="+", default=list(LADDER), help="names; SiT is needed to compare with")
     parser.add_argument("--variants", nargs="+", default=[], help=f"of {FULL}: {', '.join(VARIANTS)}; 'a & b' for both")
     parser.add_argument("--variant-seeds", nargs="+", type=int, help="those of --seeds if not given")
-    parser.add_argument("--equal-parameters", action="store_true", help="with runs of their own")
+    parser.add_argument("--equal-parameters", nargs="*", help="rungs to train as large as the full one; alone: all")
     parser.add_argument("--blocks", type=int, default=12, help="of four steps, to measure what a step costs")
     parser.add_argument("--folder", type=Path, default=Path("runs/ladder"))
     parser.add_argument("--plot", type=Path, default=Path("docs/ladder.png"))
     given = parser.parse_args(arguments)
-    unknown = [name for name in given.rungs if name not in LADDER]
+    alike = given.rungs if given.equal_parameters == [] else given.equal_parameters or []
+    unknown = [name for name in (*given.rungs, *alike) if name not in LADDER]
     unknown += [name for name in given.variants if not set(name.split(" & ")) <= set(VARIANTS)]
-    if unknown or PLAIN not in given.rungs:
+    if unknown or PLAIN not in given.rungs or (alike and PLAIN not in alike):
         parser.error(f"got unknown {unknown}, rungs {given.rungs}; expected {PLAIN} among rungs of {list(LADDER)}")
     settings = replace(usual, **{key: getattr(given, key) for key in asdict(usual)})
     torch.set_num_threads(1)
@@ -122,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for name in given.rungs:
             found[name].append(runs.get(name, seed))
     for seed in given.seeds:
-        for name in given.rungs if given.equal_parameters else ():
+        for name in alike:
             mlp = None if name == FULL else matched(name, settings, real)
             widened.setdefault(name, []).append(runs.get(name, seed, mlp))
     for seed in given.variant_seeds or given.seeds:
