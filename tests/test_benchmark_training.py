@@ -108,18 +108,18 @@ def test_what_counts_as_a_kernel(load):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux tells of a process")
 def test_peak_memory_is_what_a_call_held_at_once(load):
-    """Twice 48 MiB, one after the other, and 32 MiB beside the second."""
+    """Twice 48 MiB, one after the other, and 40 MiB beside the second: too large to lie in memory freed before."""
     bench = load("footprint")
 
     def run():
         torch.ones(12 * 2**20)
         first = torch.ones(12 * 2**20)
-        second = torch.ones(8 * 2**20)
+        second = torch.ones(10 * 2**20)
         return first, second
 
     # a forked process reads its program's pages anew, which counts as well
     found = bench.peak_memory("cpu", run) - bench.peak_memory("cpu", lambda: torch.ones(2))
-    assert abs(found - 80 * 2**20) < 8 * 2**20
+    assert abs(found - 88 * 2**20) < 8 * 2**20
 
 
 def test_the_table_of_saves(load):

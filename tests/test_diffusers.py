@@ -36,7 +36,7 @@ TRAINED = 1000
 
 
 @pytest.fixture(autouse=True)
-def no_thread_is_left_behind():
+def no_thread_is_left_behind(torchvision_operators):  # which pipelines import
     yield
     gc.collect()
     assert not threads()

@@ -283,7 +283,10 @@ def test_scalars_that_cannot_be_are_refused_though_their_hash_is_right(stopped, 
     tally, path = faults.Tally(), tmp_path / NEWEST
     state = json.loads((stopped / "run" / "checkpoints" / NEWEST / "state.json").read_text())
     for key in sorted(state.keys() - {"format", "step", "good", "version", "position", "world_size", "statistics"}):
-        for change in (lambda c, key=key: c.pop(key), lambda c, key=key: c.update({key: "nonsense"})):
+        changes = [lambda c, key=key: c.update({key: "nonsense"}), lambda c, key=key: c.update({key: ["nonsense"]})]
+        if key != "encoders":  # a run without any goes on from older checkpoints, which do not have it
+            changes.append(lambda c, key=key: c.pop(key))
+        for change in changes:
             shutil.copytree(stopped / "run" / "checkpoints" / NEWEST, path)
             forge(path, change)
             before = live(trainer)

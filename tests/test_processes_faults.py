@@ -20,6 +20,7 @@ from pathline.core.config import resolve
 from pathline.training import Trainer, checkpoints, sharded
 from pathline.training.folder import RunFolder
 from pathline.training.log import read_rows
+from pathline.training.network import local
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 
@@ -101,7 +102,7 @@ def trained(processes, configuration, fault=lambda rank, parts: None):
         fault(trainer.fabric.global_rank, trainer.parts)
         trainer.run()
         tensors = [t for group in trainer.state.snapshot().tensors.values() for t in group.values()]
-        return hashlib.sha256(b"".join(sharded._local(t).numpy().tobytes() for t in tensors)).hexdigest()
+        return hashlib.sha256(b"".join(local(t).numpy().tobytes() for t in tensors)).hexdigest()
 
     count = configuration.train.devices
     return processes(count, work, timeout=120).checked() if count > 1 else [work()]

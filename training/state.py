@@ -38,7 +38,7 @@ FREE = (
 ).split()
 COUNTERS = ("step", "passed", "skipped", "streak", "rollbacks", "rolled_to")
 MAPPINGS = ("scaler", "guard", "averages", "window", "configuration", "data")
-SCALARS: dict[str, type] = {**dict.fromkeys(COUNTERS, int), **dict.fromkeys(MAPPINGS, dict)}
+SCALARS: dict[str, type] = {**dict.fromkeys(COUNTERS, int), **dict.fromkeys(MAPPINGS, dict), "encoders": list}
 
 
 class State:
@@ -152,7 +152,10 @@ class State:
             CheckpointError: it is damaged, of another configuration or data set, or of another network.
         """
         saved = self.agreement.first(lambda: checkpoints.read_state(path))  # one process verifies all hashes
+        saved.setdefault("encoders", [])  # which older checkpoints do not have
         wrong = [name for name, kind in SCALARS.items() if not isinstance(saved.get(name), kind)]
+        if "encoders" not in wrong and not all(isinstance(manifest, dict) for manifest in saved["encoders"]):
+            wrong.append("encoders")
         if wrong:
             raise CheckpointError(f"got {path} without a usable {', '.join(wrong)}; use another checkpoint")
         check_same_run(saved, self.parts, self.describe()["data"], path, allow)
@@ -218,7 +221,7 @@ def check_same_run(
             f"{new.devices * new.num_nodes}, and the objective mixes all that is taken at once"
         )
     changed += _changes("the data's", saved["data"], data)
-    encoded: list[dict[str, Any]] = saved.get("encoders", [])  # which older checkpoints do not have
+    encoded: list[dict[str, Any]] = saved["encoders"]
     for number, (then, source) in enumerate(zip(encoded, parts.encoders, strict=False)):  # their number is configured
         changed += _changes(f"the encoders.{number}'s", then, source.manifest)
     allowed = tuple(f"{name}{end}" for name in allow for end in (":", "."))
