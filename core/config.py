@@ -18,7 +18,7 @@ from pathline.core.registry import Entry, Registry
 from pathline.core.sections import Checkpoint, Ema, Guard, Log, Optim, Sample, Section, Train
 from pathline.solvers import guidance
 
-__all__ = ["Component", "Configuration", "check_entries", "differences", "load", "resolve"]
+__all__ = ["Component", "Configuration", "check_entries", "differences", "filled", "load", "resolve"]
 
 
 def _named(value: Any) -> Any:
@@ -98,6 +98,12 @@ def resolve(entries: Mapping[str, Any]) -> Configuration:
         head = f"{len(lines)} wrong configuration {'entry' if len(lines) == 1 else 'entries'}:"
         raise ConfigurationError("\n  ".join([head, *lines]))
     return configuration
+
+
+def filled(component: Mapping[str, Any], registry: Registry[Any]) -> dict[str, Any]:
+    """Return a component as ``resolve`` leaves it, with the defaults of its options; wrong ones are not told."""
+    result: dict[str, Any] = _component(component, "", registry, [])
+    return result
 
 
 def differences(old: Configuration, new: Configuration) -> list[str]:

@@ -192,8 +192,8 @@ def load(backbone: nn.Module, state_dict: State, family: FamilySpec | None = Non
         family: see ``recognise``.
 
     Raises:
-        WeightsError: missing, unexpected or mis-shaped entries, those with NaN or infinity, all in one; or positions
-            that differ by over 1e-3, or over the rounding of a narrower type.
+        WeightsError: missing, unexpected or mis-shaped entries, all in one; else those with NaN or infinity, or
+            positions that differ by over 1e-3, or over the rounding of a narrower type.
     """
     layout = recognise(state_dict, family)
     inner, wanted, given = _compared(backbone, state_dict, layout)

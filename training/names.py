@@ -7,7 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pathline.core.config import Configuration
+from pathline import solvers
+from pathline.core.config import Configuration, filled
+from pathline.core.registry import Registry
+from pathline.solvers import guidance
 from pathline.training.released import Released, ReleasedConfiguration
 
 __all__ = ["default_name"]
@@ -16,13 +19,17 @@ __all__ = ["default_name"]
 def default_name(configuration: Configuration) -> str:
     """Return a file name of solver, steps, guidance, average and seed, so that one drawing does not replace another.
 
-    For another program's weights also of their file, family, key and defects, and of a hash of file and network.
+    Further options of solver and guidance are told by a hash. For another program's weights also of their file, family,
+    key and defects, and of a hash of file and network.
     """
     solver = configuration.solver
     released = configuration.weights if isinstance(configuration, ReleasedConfiguration) else None
     words = ["samples", *(_model_words(released, configuration.backbone) if released else ())]
-    words += [solver["name"], solver.get("steps")]
-    words += [_guidance_words(item) for item in configuration.guidance if item.get("scale") != 1]
+    words += [solver["name"], solver.get("steps"), _others(solver, solvers.registry, "steps")]
+    for item in configuration.guidance:
+        others = _others(item, guidance.registry, "scale")
+        if item.get("scale") != 1 or others:
+            words += [item["name"], _scale(item["scale"]) if "scale" in item else None, others]
     words.append(configuration.sample.average)
     return "-".join(str(word) for word in (*words, f"seed-{configuration.sample.seed}") if word is not None) + ".npz"
 
@@ -32,9 +39,10 @@ def _model_words(released: Released, backbone: dict[str, Any]) -> list[str | Non
     return [Path(released.file).stem, released.family, released.key, *released.defects, told]
 
 
-def _guidance_words(item: dict[str, Any]) -> str:
-    """Return the name of a guidance with its scale, or with a hash of its options if it has none."""
-    return f"{item['name']}-{_scale(item['scale']) if 'scale' in item else _hash(item)[:4]}"
+def _others(item: dict[str, Any], registry: Registry[Any], told: str) -> str | None:
+    """Return a hash of a component if its options differ from their defaults in more than the one that is told."""
+    plain = filled({key: item[key] for key in ("name", told) if key in item}, registry)
+    return None if plain == item else _hash(item)[:4]
 
 
 def _hash(value: Any) -> str:

@@ -120,7 +120,7 @@ PRESETS: dict[str, Preset] = {
         _ALIGNED,
         epochs=200,
     ),
-    # Table 7: the ladder, each rung with all before it; the last is also λ = 1 and α = 0.01 of the ablations
+    # Table 7: the ladder, each rung with all before it; the last is also λ = 1 of the ablations
     "ladder-0-sit": Preset("SiT-B/2", "7", _sit("B"), Figures(fid=34.4), _VELOCITY),
     "ladder-1-deep-supervision": _rung(33.0, _DEEP_SUPERVISION, refiner="none"),
     "ladder-2-time-gap": _rung(31.1, _DEEPFLOW | {"acceleration": 0.0}, refiner="gap"),
