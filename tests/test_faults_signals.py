@@ -149,7 +149,10 @@ def twice(first: signal.Signals, second: signal.Signals, instant: str, folder: P
     said = ended.code == 128 + second and "a second signal: leaving at once" in ended.said
     tally.expect(said, "silent", f"{what}: code {ended.code}\n{ended.said[-1500:]}")
     steps = [path.name for path in faults.verified(folder)]
-    tally.expect(steps == ["step-000000002", "step-000000004"], "lost", f"{what}: {steps}")
+    # a thread hears the second signal: what stood a moment before its end may have ended, and is whole then
+    ended_too = ["step-000000005"] if instant.startswith("rename") else []
+    before = ["step-000000002", "step-000000004"]
+    tally.expect(steps in (before, before + ended_too), "lost", f"{what}: {steps}")
     finish(folder, unbroken, tally, what)
 
 
