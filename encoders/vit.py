@@ -56,7 +56,7 @@ class PatchEncoder(Encoder):
         height, width = networks.patch_size(preset.model, preset.changes)
         self.size = (height * rows, width * columns)
         self.network, origin = _loaded(name, preset, self.size, weights)
-        self.dim = int(self.network.num_features)  # type: ignore[arg-type]  # of every model of timm
+        self.dim = int(self.network.num_features)
         if final_norm and isinstance(self.network.norm, nn.Identity):
             raise InputError(f"got final_norm for {preset.model}, which has no norm of its tokens; set it to false")
         if not final_norm:
@@ -77,6 +77,7 @@ class PatchEncoder(Encoder):
             **origin,
         }
 
+    network: Any  # a ViT of timm, whose attributes have no types
     mean: Tensor
     std: Tensor
 
@@ -104,8 +105,8 @@ class PatchEncoder(Encoder):
             InputTypeError: neither uint8 nor floating point.
         """
         self.check(images)
-        tokens: Tensor = self.network.forward_features(self.prepare(images))  # type: ignore[operator]  # of a ViT
-        first, count = int(self.network.num_prefix_tokens), self.grid[0] * self.grid[1]  # type: ignore[arg-type]
+        tokens: Tensor = self.network.forward_features(self.prepare(images))
+        first, count = int(self.network.num_prefix_tokens), self.grid[0] * self.grid[1]
         if tokens.ndim != 3 or tokens.shape[1] != first + count:
             raise InputError(
                 f"got tokens {tuple(tokens.shape)} from {self.preset.model}, expected {first} and {count} of a grid of "

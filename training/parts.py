@@ -92,11 +92,11 @@ def build(configuration: Configuration, *, training: bool = True) -> Parts:
     )
     solver = problems.collect("solver", lambda: solvers.build(c.solver))
     guides = [
-        problems.collect(f"guidance.{i}", lambda item=item: guidance.build(item))  # type: ignore[misc]
+        problems.collect(f"guidance.{i}", lambda item=item: guidance.build(item))  # type: ignore[misc]  # a default
         for i, item in enumerate(c.guidance)
     ]
     sources = [
-        problems.collect(f"encoders.{i}", lambda item=item: _source(item, dataset))  # type: ignore[misc]
+        problems.collect(f"encoders.{i}", lambda item=item: _source(item, dataset))  # type: ignore[misc]  # a default
         for i, item in enumerate(c.encoders if training and dataset else ())
     ]
     problems.report()
