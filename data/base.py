@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pathline.core.draws import Draws
+from pathline.core.draws import BoundDraws, Draws
 from pathline.core.errors import InputError, InputTypeError
 from pathline.core.registry import Registry
 
@@ -52,6 +52,28 @@ class Dataset(ABC):
             InputTypeError: indices that are not whole numbers.
         """
 
+    def load(self, indices: Indices, draws: BoundDraws) -> Batch:
+        """Return what a visit of training needs from the host, as it is stored; by default ``batch``.
+
+        Args:
+            indices: (N,) of the samples.
+            draws: bound to the positions of the visit, for what is chosen on the host, as a flipped copy.
+
+        Returns:
+            Tensors by name, ``index`` and ``label`` among them; ``finish`` makes a batch of them.
+        """
+        del draws
+        return self.batch(indices)
+
+    def finish(self, loaded: Batch, draws: BoundDraws) -> Batch:
+        """Make a batch of what ``load`` gave, on the device where that now is; by default it is one.
+
+        Conversions, scalings and what is drawn anew at each visit, as an autoencoder's posterior, have their place
+        here. ``draws`` is bound as for ``load``.
+        """
+        del draws
+        return loaded
+
     @property
     @abstractmethod
     def statistics(self) -> dict[str, Any]:
@@ -84,10 +106,11 @@ class Dataset(ABC):
         """
         if size < 1 or steps < 0 or start < 0:
             raise InputError(f"got size {size}, steps {steps}, start {start}; expected size ≥ 1 and no negative step")
-        return (
-            self.batch(self.indices_at(range(step * size, (step + 1) * size), seed))
-            for step in range(start, start + steps)
-        )
+        return (self._visit(range(step * size, (step + 1) * size), step, seed) for step in range(start, start + steps))
+
+    def _visit(self, positions: range, step: int, seed: int) -> Batch:
+        draws = Draws(seed).at(positions, step=step)
+        return self.finish(self.load(self.indices_at(positions, seed), draws), draws)
 
     def _order(self, seed: int, epoch: int) -> NDArray[np.int64]:
         """Permutation of an epoch; the last two are kept, as a batch may span both."""

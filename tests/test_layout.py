@@ -82,9 +82,10 @@ ALLOWED = {
     "core.layouts": {"backbones"},
     "core.config": {"core", "interpolants", "backbones", "objectives", "solvers", "data", "encoders"},
     "data": {"data"},
+    "data.prepare": {"data", "encoders"},
     "encoders": {"encoders", "data"},
     "encoders.cache": {"encoders", "data", "core.config"},
-    "metrics": {"metrics", "data", "interpolants", "solvers", "core.flow"},
+    "metrics": {"metrics", "data", "encoders", "interpolants", "solvers", "core.flow"},
 }
 
 
