@@ -6,7 +6,7 @@ N samples; C, H, W the shape of one.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,11 +31,14 @@ class Dataset(ABC):
         shape: (C, H, W) of one sample.
         num_classes: number of class labels, 0 without labels.
         data_are_images: whether ``data`` are images with values in [−1, 1], which encoders take; latents are none.
+        latents_of: manifest of the autoencoder whose latents ``data`` are, with its scaling; None if they are none, or
+            if that is not known.
     """
 
     shape: tuple[int, int, int]
     num_classes: int
     data_are_images: bool = True
+    latents_of: Mapping[str, Any] | None = None
 
     @abstractmethod
     def __len__(self) -> int:
@@ -55,9 +58,11 @@ class Dataset(ABC):
     def load(self, indices: Indices, draws: BoundDraws) -> Batch:
         """Return what a visit of training needs from the host, as it is stored; by default ``batch``.
 
+        A thread calls it ahead of training, where that is worth it: what is drawn on the host is best drawn here.
+
         Args:
             indices: (N,) of the samples.
-            draws: bound to the positions of the visit, for what is chosen on the host, as a flipped copy.
+            draws: bound to the positions of the visit, for what is chosen on the host, as a flipped copy, or drawn.
 
         Returns:
             Tensors by name, ``index`` and ``label`` among them; ``finish`` makes a batch of them.
@@ -113,13 +118,13 @@ class Dataset(ABC):
         return self.finish(self.load(self.indices_at(positions, seed), draws), draws)
 
     def _order(self, seed: int, epoch: int) -> NDArray[np.int64]:
-        """Permutation of an epoch; the last two are kept, as a batch may span both."""
-        orders: dict[tuple[int, int], NDArray[np.int64]] = self.__dict__.setdefault("_orders", {})
-        if (seed, epoch) not in orders:
-            while len(orders) > 1:
-                del orders[next(iter(orders))]
-            orders[seed, epoch] = Draws(seed).permutation("data order", len(self), counter=epoch)
-        return orders[seed, epoch]
+        """Permutation of an epoch; the last two are kept, as a batch may span both. Threads may ask at once."""
+        orders: dict[tuple[int, int], NDArray[np.int64]] = self.__dict__.get("_orders", {})
+        order = orders.get((seed, epoch))
+        if order is None:
+            order = Draws(seed).permutation("data order", len(self), counter=epoch)
+            self.__dict__["_orders"] = {**dict(list(orders.items())[-1:]), (seed, epoch): order}
+        return order
 
 
 def as_indices(indices: Indices, count: int) -> Tensor:

@@ -47,18 +47,19 @@ def take_step(state: State) -> None:
 def _accumulate(state: State, positions: range, share: float) -> Tensor:
     """Add the gradient of the samples at these positions of the training stream; return their part of the sums."""
     parts, fabric, seed = state.parts, state.fabric, state.parts.configuration.train.seed
+    draws = Draws(seed).at(positions, step=state.step + state.passed)
     with state.window.spending("data"):
-        batch = parts.dataset.batch(parts.dataset.indices_at(positions, seed))
-        data, label = (send(batch[name], fabric.device) for name in ("data", "label"))
+        loaded = parts.dataset.load(parts.dataset.indices_at(positions, seed), draws)
+        batch = parts.dataset.finish({name: send(values, fabric.device) for name, values in loaded.items()}, draws)
     # what is not finite is left out of the network and makes the guard skip the step
-    data, usable = _finite(data)
+    data, usable = _finite(batch["data"])
     features = []
     for tokens in _encoded(state, batch):
         finite, whole = _finite(tokens)
         features.append(finite)
         usable = usable * whole
-    draws = Draws(seed).at(positions, step=state.step + state.passed)
-    loss = parts.objective(_called(state), data, draws, features=features, **parts.conditions(label))
+    given = parts.conditions(batch["label"])
+    loss = parts.objective(_called(state), data, draws, features=features, **given)
     total = loss.total if share == 1 else loss.total * share
     fabric.backward(total)
     state.window.add_batch(loss, usable)
