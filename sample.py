@@ -16,7 +16,7 @@ from lightning_fabric import Fabric
 
 import pathline
 from pathline.core.errors import PathlineError
-from pathline.training import sampling
+from pathline.training import drawing, trained
 from pathline.training.names import default_name
 
 
@@ -37,15 +37,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def sample(model: Path, entries: Sequence[str]) -> None:
     """Draw, write, and print what it cost."""
     cpu = time.process_time()
-    weights = sampling.find(model, lambda line: print(f"warning: {line}", file=sys.stderr))
-    configuration, parts = sampling.load(weights, entries)
+    weights = trained.find(model, lambda line: print(f"warning: {line}", file=sys.stderr))
+    configuration, parts = trained.load(weights, entries)
     if configuration.train.threads is not None:
         torch.set_num_threads(configuration.train.threads)
     device = Fabric(accelerator="auto", devices=1).device  # whatever it was trained on
-    drawn = sampling.draw(configuration, parts, device)
+    drawn = drawing.draw(configuration, parts, device)
     beside = weights.resolve().parent if weights.is_file() else weights.resolve().parent.parent
     output = Path(configuration.sample.output or beside / default_name(configuration))
-    written = sampling.save(drawn, configuration, weights, output, pathline.__version__)
+    written = drawing.save(drawn, configuration, weights, output, pathline.__version__)
     blocks = "" if drawn.block_evaluations is None else f", {drawn.block_evaluations} transformer blocks"
     print(
         f"{len(drawn.x):,} samples by {configuration.solver['name']}, NFE {drawn.nfe}{blocks} each, in "

@@ -163,12 +163,14 @@ Labels = Annotated[
 class Sample(Section):
     """What ``sample.py`` draws; labels are balanced (i mod classes), random, none (the null label), or given.
 
-    ``average`` names the average of the weights to draw with, as ``ema`` or ``ema-0.050``; None is the first.
+    ``average`` names the average of the weights to draw with, as ``ema`` or ``ema-0.050``; None is the first. ``batch``
+    samples are solved at once, and ``decode_batch`` latents decoded.
     """
 
     count: Positive = 100
     labels: Labels = "balanced"
     seed: Seed = 0
     batch: Positive = 250
+    decode_batch: Positive = 32
     output: Text | None = None
     average: Text | None = None

@@ -13,15 +13,19 @@ from torch import Tensor
 
 from pathline.core.errors import DataError
 
-__all__ = ["grid", "save_grid", "to_uint8"]
+__all__ = ["ROUNDING", "grid", "levels", "save_grid", "to_uint8"]
 
 ROUNDING = "float32, clamp to [-1, 1], round(127.5 x + 127.5)"
 
 
+def levels(x: Tensor) -> Tensor:
+    """Turn images in [−1, 1] into bytes of the same shape and device: clamped, then rounded, in float32."""
+    return x.detach().float().clamp(-1, 1).mul(127.5).add(127.5).round().to(torch.uint8)
+
+
 def to_uint8(x: Tensor) -> NDArray[np.uint8]:
-    """Turn images (N, C, H, W) in [−1, 1] into bytes (N, H, W, C): clamped, then rounded, in float32."""
-    levels = x.detach().float().clamp(-1, 1).mul(127.5).add(127.5).round().to(torch.uint8)
-    return rearrange(levels, "n c h w -> n h w c").cpu().numpy()
+    """Turn images (N, C, H, W) in [−1, 1] into bytes (N, H, W, C), by the rule of ``levels``."""
+    return rearrange(levels(x), "n c h w -> n h w c").cpu().numpy()
 
 
 def grid(images: NDArray[np.uint8], labels: Tensor | None, *, columns: int = 10) -> NDArray[np.uint8]:

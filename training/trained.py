@@ -1,0 +1,140 @@
+"""Trained models: found by a path, loaded with words applied, and told by the hash of their weights."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from torch import nn
+
+from pathline import backbones, interpolants, objectives
+from pathline.core import overrides
+from pathline.core.config import Configuration, resolve
+from pathline.core.errors import CheckpointError, ConfigurationError, PathlineError
+from pathline.core.flow import Flow
+from pathline.core.foreign import PICKLED
+from pathline.training import checkpoints
+from pathline.training.exported import load_exported
+from pathline.training.manifest import SUFFIX, parse
+from pathline.training.parts import Parts, build
+from pathline.training.released import RELEASED_WORDS, is_released, read_released
+
+__all__ = ["average_of", "find", "identity", "load"]
+
+_WORDS = ("sample.", "solver.", "solver=", "guidance.", "guidance=", "train.threads=", "data.")
+
+
+def load(path: Path, words: Sequence[str]) -> tuple[Configuration, Parts]:
+    """Return the configuration of a trained model with words applied, and its components with the averaged weights.
+
+    Where guidance names a weak model, as a run's folder, a checkpoint or exported weights, its averaged weights are
+    loaded too, and the configuration names where they lie.
+
+    Args:
+        path: a checkpoint, weights written by ``training.export``, or a file of another program.
+        words: as ``solver.steps=25``; for another program's file also ``weights.…`` and ``backbone.…``.
+
+    Raises:
+        CheckpointError: damaged, or weights that do not fit.
+        ConfigurationError: words that do not fit, or that change what was trained.
+        WeightsError: another program's weights that cannot be read, or do not tell or fit their network.
+    """
+    released = is_released(path, words)
+    for word in words:
+        if not word.startswith((*_WORDS, *(RELEASED_WORDS if released else ()))):
+            raise ConfigurationError(
+                f"got {word!r} for a trained model, expected sample.…, solver.… or guidance.… alone"
+            )
+    configuration: Configuration
+    fill: Callable[[nn.Module], None]
+    if released:
+        configuration, fill = read_released(path, words)
+    else:
+        configuration = resolve(overrides.apply(_trained_configuration(path).model_dump(mode="json"), words))
+        fill = partial(_load_average, path=path, configuration=configuration)
+    configuration, loaded = _with_weak_models(configuration)
+    parts = replace(build(loaded, training=False), configuration=configuration)
+    fill(parts.backbone)
+    return configuration, parts
+
+
+def find(model: Path, warn: Callable[[str], None]) -> Path:
+    """Return the weights that a path means: a file of exported or released ones, a checkpoint, or a run's newest.
+
+    Raises:
+        CheckpointError: there is none, or it is a file of another kind.
+    """
+    endings = (SUFFIX, *PICKLED)
+    if model.is_file():
+        if model.suffix.lower() not in endings:
+            raise CheckpointError(f"got {model}, expected a name that ends in {', '.join(endings)}, or a run's folder")
+        return model
+    if not model.is_dir():
+        raise CheckpointError(f"got no file or folder at {model}; give a run's folder, a checkpoint in it, or weights")
+    return checkpoints.find(model, warn)
+
+
+def _trained_configuration(path: Path) -> Configuration:
+    """Return the configuration that a verified checkpoint, or the file beside exported weights, holds."""
+    return load_exported(path)[0] if path.is_file() else resolve(checkpoints.read_state(path)["configuration"])
+
+
+def _with_weak_models(configuration: Configuration) -> tuple[Configuration, Configuration]:
+    """Return the configuration with weak models named by where they lie, and the same with the models instead."""
+    named, loaded = [], []
+    for number, item in enumerate(configuration.guidance):
+        named.append(item)
+        loaded.append(item)
+        if isinstance(item.get("weak"), str):
+            try:
+                path = _find_weak(Path(item["weak"]))
+                loaded[-1] = {**item, "weak": _weak_flow(path)}
+            except PathlineError as error:
+                raise ConfigurationError(f"guidance.{number}.weak: {error}") from error
+            named[-1] = {**item, "weak": str(path)}
+    return configuration.model_copy(update={"guidance": named}), configuration.model_copy(update={"guidance": loaded})
+
+
+def _find_weak(model: Path) -> Path:
+    path = find(model, warnings.warn)
+    if path.suffix.lower() in PICKLED:
+        raise ConfigurationError(
+            f"got {path}, another program's weights, which cannot be the weak model here; give train.py's or exported "
+            "ones, or in Python Autoguidance(weights.network(...))"
+        )
+    return path
+
+
+def _weak_flow(path: Path) -> Flow:
+    """Return the flow of a model's averaged weights, on the path that it was trained on."""
+    trained = _trained_configuration(path)
+    interpolant = interpolants.build(trained.interpolant)
+    objective = objectives.build(trained.objective, interpolant=interpolant)
+    backbone = backbones.build(trained.backbone)
+    _load_average(backbone, path, trained)
+    return Flow(backbone, interpolant, objective.predicts)  # type: ignore[arg-type]  # checked there
+
+
+def _load_average(backbone: nn.Module, path: Path, configuration: Configuration) -> None:
+    """Load the average that the configuration names of a verified checkpoint, or exported weights."""
+    weights = load_exported(path)[1] if path.is_file() else checkpoints.read_group(path, average_of(configuration))
+    checkpoints.check_tensors(backbone.state_dict(), weights, "weights")
+    backbone.load_state_dict(dict(weights))
+    backbone.eval()
+
+
+def average_of(configuration: Configuration) -> str:
+    """Return the name of the average that samples are drawn with."""
+    return configuration.sample.average or configuration.ema.names[0]
+
+
+def identity(path: Path, average: str | None = None) -> dict[str, str]:
+    """Return the name of a checkpoint or file, its average's (None: the first), and the hash of that one's files."""
+    if path.is_file():
+        record = parse(path.with_suffix(".json"))
+        return {"name": path.name, "average": str(record.get("average")), "weights_sha256": str(record["sha256"])}
+    average = average or average_of(_trained_configuration(path))
+    return {"name": path.name, "average": average, "weights_sha256": checkpoints.hash_of(path, average)}
