@@ -1,4 +1,4 @@
-"""Files of packed latents: safetensors files, mapped into memory and checked against their size before they are read.
+"""Safetensors files, mapped into memory and checked against their size before they are read; packed latents in them.
 
 n rows of a file; C, H, W the shape of one latent.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
@@ -18,13 +19,14 @@ from torch import Tensor
 
 from pathline.core.errors import DataError
 
-__all__ = ["Packed", "Rows", "files_in", "read"]
+__all__ = ["BYTES", "FLOATS", "INTEGERS", "PREPARED", "Mapped", "Packed", "Rows", "files_in", "read"]
 
+PREPARED = "pathline packed"  # how files of pathline.data.prepare tell of themselves, with a version
 _HEADER_LIMIT = 2**20  # bytes; a header of five tensors takes a few hundred
-_FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
-_INTEGERS = {"I32": torch.int32, "I64": torch.int64}
-_BYTES = {"U8": torch.uint8}
-Types = dict[str, torch.dtype]
+Types = Mapping[str, torch.dtype]
+FLOATS: Types = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+INTEGERS: Types = {"I32": torch.int32, "I64": torch.int64}
+BYTES: Types = {"U8": torch.uint8}
 
 
 class Rows(NamedTuple):
@@ -42,8 +44,99 @@ class Rows(NamedTuple):
 
     def take(self, rows: NDArray[np.int64]) -> Tensor:
         """Return a copy of rows, (N, *shape)."""
-        taken = np.asarray(self.bytes[rows])  # a copy, and so aligned for its type, as the file need not be
+        taken = np.asarray(self.bytes)[rows]  # a copy, and so aligned for its type, as the file need not be
         return torch.from_numpy(taken).view(self.dtype).reshape(-1, *self.shape)
+
+
+class Mapped:
+    """A safetensors file: its header is read, its tensors are mapped when they are asked for.
+
+    Args:
+        path: of the file.
+
+    Attributes:
+        header: what it tells of each tensor by name, as it stands there.
+        start: where its tensors begin, in bytes.
+        size: of the file, in bytes.
+
+    Raises:
+        DataError: it cannot be read, or its header is none.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._bytes: NDArray[np.uint8] = np.memmap(path, np.uint8, mode="r")
+        except (OSError, ValueError) as error:  # the second: an empty file
+            raise DataError(f"got {path}, which cannot be read: {error}; pack the latents again") from error
+        self.size = len(self._bytes)
+        self.header, self.start = _header(path, self._bytes)
+
+    @property
+    def keys(self) -> set[str]:
+        """Names of its tensors."""
+        return self.header.keys() - {"__metadata__"}
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """What the file tells of itself beside its tensors; empty if nothing."""
+        told = self.header.get("__metadata__")
+        return told if isinstance(told, dict) else {}
+
+    @property
+    def head(self) -> NDArray[np.uint8]:
+        """The bytes before the tensors."""
+        return self._bytes[: self.start]
+
+    def tensor(self, key: str, types: Types) -> tuple[torch.dtype, tuple[int, ...], NDArray[np.uint8]]:
+        """Return a tensor's type, shape and bytes, checked against the size of the file.
+
+        Raises:
+            DataError: it is of another type, or lies elsewhere than in the file.
+        """
+        entry = self.header[key] if isinstance(self.header[key], dict) else {}
+        name, shape, offsets = (entry.get(part) for part in ("dtype", "shape", "data_offsets"))
+        if not isinstance(name, str) or name not in types:
+            raise DataError(f"got {key} of type {name!r} in {self.path}, expected {', '.join(types)}")
+        if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
+            raise DataError(
+                f"got {key} of shape {shape!r} at {offsets!r} in {self.path}, expected lists of whole numbers"
+            )
+        (begin, end), there = offsets, self.size - self.start
+        if end - begin != math.prod(shape) * types[name].itemsize or end > there:
+            raise DataError(
+                f"got {key} of type {name} and shape {shape} at the bytes {begin} to {end} of {there} in {self.path}; "
+                "the file is truncated or forged: pack the latents again"
+            )
+        return types[name], tuple(shape), self._bytes[self.start + begin : self.start + end]
+
+    def rows(self, key: str, types: Types, *, axes: str = "(n, C, H, W)") -> Rows:
+        """Return a tensor of one row a sample, none of its sizes 0; raises DataError as ``tensor`` does."""
+        dtype, shape, found = self.tensor(key, types)
+        if len(shape) != axes.count(",") + 1 or not all(shape):
+            raise DataError(f"got {key} of shape {shape} in {self.path}, expected {axes}, none of them 0")
+        return Rows(found.reshape(shape[0], -1), dtype, shape[1:])
+
+    def vector(self, key: str, count: int) -> Tensor:
+        """Return a copy of whole numbers, (count,) int64; raises DataError as ``tensor`` does, or for another shape."""
+        dtype, shape, values = self.tensor(key, INTEGERS)
+        if shape != (count,):
+            raise DataError(f"got {key} of shape {shape} in {self.path}, expected ({count},): one a row of the latents")
+        return torch.from_numpy(np.array(values)).view(dtype).long()
+
+    def labels(self, count: int, num_classes: int) -> Tensor:
+        """Return ``labels``, (count,) int64; raises DataError where they are missing or out of range."""
+        if "labels" not in self.header:
+            raise DataError(
+                f"got {self.path} without labels, expected them for {num_classes} classes; set num_classes=0"
+            )
+        labels = self.vector("labels", count)
+        if not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
+            raise DataError(
+                f"got labels from {labels.min()} to {labels.max()} in {self.path}, expected 0 to {num_classes - 1}; "
+                "set num_classes"
+            )
+        return labels
 
 
 class Packed(NamedTuple):
@@ -99,58 +192,37 @@ def files_in(path: Path) -> list[Path]:
 
 def read(path: Path, num_classes: int, with_images: bool) -> Packed:
     """Map a file; raises DataError if it is truncated, forged, or does not hold what it should."""
-    try:
-        mapped: NDArray[np.uint8] = np.memmap(path, np.uint8, mode="r")
-    except (OSError, ValueError) as error:  # the second: an empty file
-        raise DataError(f"got {path}, which cannot be read: {error}; pack the latents again") from error
-    header, start = _header(path, mapped)
-    data, keys = mapped[start:], [key for key in ("latents", "moments") if key in header]
+    file = Mapped(path)
+    if str(file.metadata.get("format")).startswith(PREPARED):
+        raise DataError(
+            f"got {path}, part of a folder of python -m pathline.data.prepare, whose manifest tells how it is scaled; "
+            f"use {{name: prepared, path: {path.parent}}}"
+        )
+    keys = [key for key in ("latents", "moments") if key in file.header]
     if len(keys) != 1:
-        raise DataError(f"got {path} with the keys {sorted(header)}, expected latents or moments, and labels")
-    values = _rows(path, keys[0], header, data, _FLOATS)
+        raise DataError(f"got {path} with the keys {sorted(file.header)}, expected latents or moments, and labels")
+    values = file.rows(keys[0], FLOATS)
     stored = values.bytes
     count, (channels, *sides) = len(values.bytes), values.shape
     if keys[0] == "moments":  # the mean comes first
         if channels % 2:
             raise DataError(f"got moments of shape {(count, *values.shape)} in {path}, expected (n, 2C, H, W)")
         values = Rows(values.bytes[:, : values.bytes.shape[1] // 2], values.dtype, (channels // 2, *sides))
-    images = _images(path, header, data, count) if with_images else None
-    labels = _labels(path, header, data, count, num_classes) if num_classes else torch.zeros(count).long()
-    return Packed(path, keys[0], values, images, labels, mapped[:start], stored)
+    images = _images(file, count) if with_images else None
+    labels = file.labels(count, num_classes) if num_classes else torch.zeros(count).long()
+    return Packed(path, keys[0], values, images, labels, file.head, stored)
 
 
-def _rows(path: Path, key: str, header: dict[str, Any], data: NDArray[np.uint8], types: Types) -> Rows:
-    dtype, shape, found = _tensor(path, key, header, data, types)
-    if len(shape) != 4 or not all(shape):
-        raise DataError(f"got {key} of shape {shape} in {path}, expected (n, C, H, W), none of them 0")
-    return Rows(found.reshape(shape[0], -1), dtype, shape[1:])
-
-
-def _images(path: Path, header: dict[str, Any], data: NDArray[np.uint8], count: int) -> Rows:
-    if "images" not in header:
-        raise DataError(f"got {path} without images, which are asked for; pack them as well, or set images=false")
-    images = _rows(path, "images", header, data, _BYTES)
+def _images(file: Mapped, count: int) -> Rows:
+    if "images" not in file.header:
+        raise DataError(f"got {file.path} without images, which are asked for; pack them as well, or set images=false")
+    images = file.rows("images", BYTES)
     if len(images.bytes) != count or images.shape[0] != 3:
         raise DataError(
-            f"got images of shape {(len(images.bytes), *images.shape)} in {path}, expected ({count}, 3, R, R): "
+            f"got images of shape {(len(images.bytes), *images.shape)} in {file.path}, expected ({count}, 3, R, R): "
             "one a row of the latents"
         )
     return images
-
-
-def _labels(path: Path, header: dict[str, Any], data: NDArray[np.uint8], rows: int, num_classes: int) -> Tensor:
-    if "labels" not in header:
-        raise DataError(f"got {path} without labels, expected them for {num_classes} classes; set num_classes=0")
-    dtype, shape, values = _tensor(path, "labels", header, data, _INTEGERS)
-    if shape != (rows,):
-        raise DataError(f"got labels of shape {shape} in {path}, expected ({rows},): one a row of the latents")
-    labels = torch.from_numpy(np.array(values)).view(dtype).long()
-    if not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
-        raise DataError(
-            f"got labels from {labels.min()} to {labels.max()} in {path}, expected 0 to {num_classes - 1}; "
-            "set num_classes"
-        )
-    return labels
 
 
 def _header(path: Path, mapped: NDArray[np.uint8]) -> tuple[dict[str, Any], int]:
@@ -168,25 +240,6 @@ def _header(path: Path, mapped: NDArray[np.uint8]) -> tuple[dict[str, Any], int]
     if not isinstance(header, dict):
         raise DataError(f"got {path} with a header that holds a {type(header).__name__}, expected tensors by name")
     return header, 8 + length
-
-
-def _tensor(
-    path: Path, key: str, header: dict[str, Any], data: NDArray[np.uint8], types: Types
-) -> tuple[torch.dtype, tuple[int, ...], NDArray[np.uint8]]:
-    """Return a tensor's type, shape and bytes, checked against the size of the file."""
-    entry = header[key] if isinstance(header[key], dict) else {}
-    name, shape, offsets = (entry.get(part) for part in ("dtype", "shape", "data_offsets"))
-    if not isinstance(name, str) or name not in types:
-        raise DataError(f"got {key} of type {name!r} in {path}, expected {', '.join(types)}")
-    if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
-        raise DataError(f"got {key} of shape {shape!r} at {offsets!r} in {path}, expected lists of whole numbers")
-    begin, end = offsets
-    if end - begin != math.prod(shape) * types[name].itemsize or end > len(data):
-        raise DataError(
-            f"got {key} of type {name} and shape {shape} at the bytes {begin} to {end} of {len(data)} in {path}; "
-            "the file is truncated or forged: pack the latents again"
-        )
-    return types[name], tuple(shape), data[begin:end]
 
 
 def _are_sizes(value: Any) -> TypeGuard[list[int]]:
