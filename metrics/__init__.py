@@ -1,9 +1,9 @@
 """Measures of generated samples, by name, in feature spaces of ``metrics.features``; of flows in ``metrics.models``."""
 
 from pathline.metrics import features, models
-from pathline.metrics.base import Metric, Real, Record, registry
+from pathline.metrics.base import Metric, Real, Record, Reference, registry
 from pathline.metrics.feature_distance import FeatureDistance
-from pathline.metrics.frechet import Frechet
+from pathline.metrics.frechet import Frechet, FrechetInception, SpatialFrechet
 from pathline.metrics.loss_by_time import LossByTime
 from pathline.metrics.models import ModelMetric, ModelRecord
 from pathline.metrics.neighbours import LabelAgreement, Memorisation, PrecisionRecall
@@ -13,6 +13,7 @@ register, build, names = registry.register, registry.build, registry.names
 __all__ = [
     "FeatureDistance",
     "Frechet",
+    "FrechetInception",
     "LabelAgreement",
     "LossByTime",
     "Memorisation",
@@ -22,6 +23,8 @@ __all__ = [
     "PrecisionRecall",
     "Real",
     "Record",
+    "Reference",
+    "SpatialFrechet",
     "build",
     "features",
     "models",

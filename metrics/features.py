@@ -1,4 +1,4 @@
-"""Feature spaces by name, each fitted on a training set.
+"""Feature spaces by name: those here are fitted on a training set, in seconds, and need no download.
 
 N images, D features.
 """
@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,18 +18,57 @@ from pathline.core.draws import Draws
 from pathline.core.errors import InputError
 from pathline.core.registry import Registry
 from pathline.data import Dataset
+from pathline.encoders.networks import hash_of_tensors
 
-__all__ = ["DigitsCNN", "Features", "PrincipalComponents", "build", "names", "register", "registry"]
+__all__ = [
+    "DigitsCNN",
+    "Features",
+    "PrincipalComponents",
+    "as_floats",
+    "as_levels",
+    "build",
+    "names",
+    "register",
+    "registry",
+]
 
 
 class Features(ABC):
-    """A map from images to vectors."""
+    """A map from images to vectors.
 
-    name: ClassVar[str]
+    Attributes:
+        name: of the space.
+        sizes: output -> D; ``features`` is the one that most metrics are of.
+        manifest: name and sizes, with a hash of the weights where there are any; statistics of another are refused.
+    """
+
+    name: str
+    sizes: Mapping[str, int]
+    manifest: Mapping[str, Any]
 
     @abstractmethod
     def __call__(self, images: Tensor) -> Tensor:
-        """Map (N, C, H, W) images in [−1, 1] to (N, D) features."""
+        """Map images (N, C, H, W), uint8 or floats in [−1, 1], to (N, D) features."""
+
+    def outputs(self, images: Tensor) -> dict[str, Tensor]:
+        """Return every output by name, (N, D) each, from one pass."""
+        return {"features": self(images)}
+
+    def to(self, device: torch.device) -> None:
+        """Move to a device what there is to move."""
+        return
+
+
+def as_floats(images: Tensor) -> Tensor:
+    """Return images in [−1, 1] as they are, levels a of 0 … 255 as a/127.5 − 1."""
+    return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images
+
+
+def as_levels(images: Tensor) -> Tensor:
+    """Return levels as they are, images x in [−1, 1] as round((x + 1)·127.5), clamped, in float32."""
+    if images.dtype == torch.uint8:
+        return images
+    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 registry: Registry[Features] = Registry("feature space", "metrics.features", Features)
@@ -42,11 +82,12 @@ class Pixels(Features):
     name = "pixels"
 
     def __init__(self, training: Dataset) -> None:
-        del training  # every feature space is built alike; this one has nothing to fit
+        self.sizes = {"features": math.prod(training.shape)}
+        self.manifest = {"name": self.name, "sizes": self.sizes}
 
     def __call__(self, images: Tensor) -> Tensor:
         """Flatten."""
-        return images.flatten(1).double()
+        return as_floats(images).flatten(1).double()
 
 
 @registry.register("pca")
@@ -66,10 +107,16 @@ class PrincipalComponents(Features):
             raise InputError(f"got axes {axes}, expected 1 to {images.shape[1]}")
         self.mean = images.mean(0)
         self.axes = torch.linalg.svd(images - self.mean, full_matrices=False).Vh[:axes]
+        self.sizes = {"features": axes}
+        self.manifest = {
+            "name": self.name,
+            "sizes": self.sizes,
+            "sha256": hash_of_tensors({"mean": self.mean, "axes": self.axes}),
+        }
 
     def __call__(self, images: Tensor) -> Tensor:
         """Project."""
-        projected: Tensor = (images.flatten(1).double() - self.mean) @ self.axes.T
+        projected: Tensor = (as_floats(images).flatten(1).double() - self.mean) @ self.axes.T
         return projected
 
 
@@ -103,23 +150,30 @@ class DigitsCNN(Features):
             self.head = nn.Linear(64, training.num_classes)
         self._initialize(torch.Generator().manual_seed(Draws(seed).torch_seed("classifier")))
         self._train(training, epochs, seed)
+        self.sizes = {"features": 64}
+        state = {f"{part}.{key}": value for part in ("body", "head") for key, value in self._part(part)}
+        self.manifest = {"name": self.name, "sizes": self.sizes, "sha256": hash_of_tensors(state)}
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return the last hidden layer's values."""
         with torch.no_grad():
-            features: Tensor = self.body(images.float())
+            features: Tensor = self.body(as_floats(images).float())
         return features.double()
 
     def classify(self, images: Tensor) -> Tensor:
         """Return the likeliest class of each image, (N,)."""
         with torch.no_grad():
-            classes: Tensor = self.head(self.body(images.float())).argmax(1)
+            classes: Tensor = self.head(self.body(as_floats(images).float())).argmax(1)
         return classes
 
     def accuracy(self, dataset: Dataset) -> float:
         """Share of a labelled data set's images that are classified as labelled."""
         batch = dataset.batch(range(len(dataset)))
         return float((self.classify(batch["data"]) == batch["label"]).double().mean())
+
+    def _part(self, part: str) -> list[tuple[str, Tensor]]:
+        module: nn.Module = getattr(self, part)
+        return list(module.state_dict().items())
 
     def _initialize(self, generator: torch.Generator) -> None:
         """Draw weights and biases uniformly in ± 1/√(inputs of a unit), torch's own law."""

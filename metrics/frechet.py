@@ -1,128 +1,217 @@
-"""The Fréchet distance between Gaussians fitted to features, in float64."""
+"""The Fréchet distance between Gaussians fitted to features, in float64.
+
+N samples, D features.
+"""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from pathline.core.checks import check_finite
 from pathline.core.errors import InputError
-from pathline.metrics.base import Metric, Real, Record, registry
+from pathline.metrics.base import Metric, Record, Reference, registry
 from pathline.metrics.features import Features
+from pathline.metrics.moments import Moments, Statistics
 
-__all__ = ["Frechet", "Moments", "frechet_distance"]
+__all__ = [
+    "Frechet",
+    "FrechetInception",
+    "Moments",
+    "SpatialFrechet",
+    "Statistics",
+    "few_samples",
+    "frechet_distance",
+    "trace_by_eigenvalues",
+    "trace_by_factors",
+]
+
+_EPS = torch.finfo(torch.float64).eps
+_TOLERANCE = 1e-7  # of the traces: up to this bound of its error the cheaper form is taken
 
 
-class Moments:
-    """Count, mean and scatter of (N, D) features, merged chunk by chunk in float64.
+def frechet_distance(first: Moments | Statistics, second: Moments | Statistics) -> float:
+    """Return ‖μ₁ − μ₂‖² + tr Σ₁ + tr Σ₂ − 2·tr (Σ₁Σ₂)^½, ≥ 0, with N − 1 in the covariances.
 
-    Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
+    The last trace comes from ``trace_by_eigenvalues`` where both covariances have full rank and its error is bounded
+    by 1e-7 of the traces, and from ``trace_by_factors`` elsewhere, which is exact for any rank. No matrix is made
+    complex, and nothing is added to a diagonal.
+
+    Raises:
+        InputError: statistics of other sizes, or a matrix that is no covariance.
     """
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.mean = torch.zeros(0, dtype=torch.float64)
-        self.scatter = torch.zeros(0, 0, dtype=torch.float64)
-
-    def update(self, features: Tensor) -> None:
-        """Take in (N, D) features; raises InputError for a NaN or an infinity."""
-        check_finite(features, "features")
-        if not len(features):  # the mean of no rows is NaN
-            return
-        features = features.double()
-        mean = features.mean(0)
-        centred = features - mean
-        self._add(len(features), mean, centred.T @ centred)
-
-    def merge(self, other: Moments) -> None:
-        """Take in what ``other`` has taken in."""
-        if other.count:
-            self._add(other.count, other.mean, other.scatter)
-
-    @property
-    def covariance(self) -> Tensor:
-        """Covariance with N − 1 in the denominator; raises InputError below two samples."""
-        if self.count < 2:
-            raise InputError(f"got {self.count} samples, expected at least 2 for a covariance")
-        return self.scatter / (self.count - 1)
-
-    def _add(self, count: int, mean: Tensor, scatter: Tensor) -> None:
-        if not self.count:
-            self.count, self.mean, self.scatter = count, mean.clone(), scatter.clone()
-            return
-        total = self.count + count
-        shift = mean - self.mean
-        self.scatter += scatter + torch.outer(shift, shift) * (self.count * count / total)
-        self.mean += shift * (count / total)
-        self.count = total
-
-
-def frechet_distance(first: Moments, second: Moments) -> float:
-    """Return ‖μ₁ − μ₂‖² + tr Σ₁ + tr Σ₂ − 2·tr (Σ₁Σ₂)^½, ≥ 0, exact for rank-deficient covariances too.
-
-    With Σᵢ = AᵢAᵢᵀ from eigen-decompositions, the last trace is the sum of the singular values of A₁ᵀA₂.
-    """
-    one, two = first.covariance, second.covariance
-    if min(first.count, second.count) < len(first.mean):
-        warnings.warn(
-            f"{min(first.count, second.count)} samples for {len(first.mean)} features: the distance is biased upwards",
-            stacklevel=2,
+    if first.mean.shape != second.mean.shape:
+        raise InputError(
+            f"got statistics of {len(first.mean)} and {len(second.mean)} features, expected the same feature space"
         )
-    cross = torch.linalg.svdvals(_root(one).T @ _root(two)).sum()
-    traces = one.trace() + two.trace()
-    distance = float((first.mean - second.mean).square().sum() + traces - 2 * cross)
-    if distance < -1e-6 * float(traces):
+    said = few_samples(first, second)
+    if said:
+        warnings.warn(said, stacklevel=2)
+    one, two = first.covariance.double(), second.covariance.double().to(first.covariance.device)
+    traces = float(one.trace() + two.trace())
+    cross = None if said else trace_by_eigenvalues(one, two, _TOLERANCE * traces)
+    if cross is None:
+        cross = trace_by_factors(one, two)
+    shift = first.mean.double() - second.mean.double().to(first.mean.device)
+    distance = float(shift.square().sum()) + traces - 2 * cross
+    if not distance >= -1e-6 * traces:
         raise InputError(
             f"got a Fréchet distance of {distance:g}, expected 0 or more; a covariance has negative eigenvalues"
         )
     return max(distance, 0.0)
 
 
+def few_samples(first: Moments | Statistics, second: Moments | Statistics) -> str | None:
+    """Return what is to be said of samples that are fewer than their features, whose covariance has no full rank."""
+    counts = [statistics.count for statistics in (first, second) if statistics.count is not None]
+    if not counts or min(counts) >= len(first.mean):
+        return None
+    return f"{min(counts)} samples for {len(first.mean)} features: the distance is biased upwards"
+
+
+def trace_by_eigenvalues(one: Tensor, two: Tensor, tolerance: float) -> float | None:
+    """Return tr (Σ₁Σ₂)^½ as Σ √λ over the eigenvalues λ of LᵀΣ₁L with Σ₂ = LLᵀ, or None if it cannot be trusted.
+
+    A symmetric eigenvalue solver errs by δ, a few ε·λ_max, in every λ, and so by up to √(λ + δ) − √λ in the sum: much
+    where eigenvalues are small, as √ε each where they are zero.
+
+    Args:
+        one: Σ₁, (D, D) in float64.
+        two: Σ₂.
+        tolerance: of the error's bound.
+    """
+    factor, failed = torch.linalg.cholesky_ex(two)
+    if int(failed):
+        return None
+    product = factor.T @ one @ factor
+    values = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0)
+    error = 16 * _EPS * values.max()
+    bound = float(((values + error).sqrt() - values.sqrt()).sum())
+    return float(values.sqrt().sum()) if bound <= tolerance else None
+
+
+def trace_by_factors(one: Tensor, two: Tensor) -> float:
+    """Return tr (Σ₁Σ₂)^½ as the sum of the singular values of A₁ᵀA₂ with Σᵢ = AᵢAᵢᵀ, exact for any rank."""
+    return float(torch.linalg.svdvals(_root(one).T @ _root(two)).sum())
+
+
 def _root(covariance: Tensor) -> Tensor:
     """Return A of shape (D, rank) with AAᵀ = Σ."""
-    values, vectors = torch.linalg.eigh(covariance)
-    kept = values > len(values) * torch.finfo(torch.float64).eps * values.max()
+    values, vectors = torch.linalg.eigh((covariance + covariance.T) / 2)
+    kept = values > len(values) * _EPS * values.max()
     root: Tensor = vectors[:, kept] * values[kept].sqrt()
     return root
 
 
-@registry.register("frechet")
+@registry.register("frechet", aliases=("fd",))
 class Frechet(Metric):
-    """Fréchet distance of the samples to the held-out half, beside that of as many training images.
+    """Fréchet distance of the samples to a reference in any feature space.
+
+    With ``features`` of timm this is FD-DINOv2 and its like. It falls with the number of samples, as 1/N, so that
+    values of different N do not compare. Beside a ``Real`` is the distance of as many training images.
 
     Args:
-        real: the two halves of the data.
+        real: what to compare with.
         features: the feature space.
+        groups: G ≥ 2 of a delete-a-group jackknife for a standard error: sample i is in group i mod G, each group is
+            left out once, and the error is √((G−1)/G·Σ(dᵢ − d̄)²). It tells of the samples' draw alone, not of the
+            training's seed nor of the bias with N, and costs G more distances. 0: none.
+
+    Raises:
+        InputError: a feature space without the output, or one group.
     """
 
-    def __init__(self, real: Real, features: Features) -> None:
-        super().__init__(real)
-        self.features = features
-        self.moments = Moments()
+    title: ClassVar[str] = "frechet"
 
-    def take(self, batch: Mapping[str, Tensor]) -> None:
+    def __init__(self, real: Reference, features: Features, groups: int = 0) -> None:
+        super().__init__(real, features)
+        if isinstance(groups, bool) or not isinstance(groups, int) or groups < 0 or groups == 1:
+            raise InputError(f"got groups {groups!r}, expected 0, or 2 and more")
+        self.groups = groups
+        self.parts = [Moments() for _ in range(max(1, groups))]
+
+    def take(self, batch: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
         """Update the moments."""
-        self.moments.update(self.features(batch["data"]))
+        rows = outputs[self.output]
+        if not self.groups:
+            self.parts[0].update(rows)
+            return
+        numbers = batch.get("index", torch.arange(self.count - len(rows), self.count)).to(rows.device)
+        for group, part in enumerate(self.parts):
+            part.update(rows[numbers % self.groups == group])
 
     def merge(self, other: Frechet) -> None:
         """Merge the moments."""
         self.count += other.count
-        self.moments.merge(other.moments)
+        for mine, theirs in zip(self.parts, other.parts, strict=True):
+            mine.merge(theirs)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the moments of every group."""
+        return {f"{group}.{key}": value for group, part in enumerate(self.parts) for key, value in part.state().items()}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take them over."""
+        self.parts = [Moments() for _ in self.parts]
+        for group, part in enumerate(self.parts):
+            part.load({key: state[f"{group}.{key}"] for key in ("count", "mean", "scatter")})
+        self.count = sum(part.count for part in self.parts)
 
     def compute(self) -> Record:
         """Return the distance."""
         self.need(2)
-        held_out, training = Moments(), Moments()
-        held_out.update(self.features(self.real.images("held_out")))
-        training.update(self.features(self.real.images("training", self.count)))
+        reference, (features, output) = self.compared(), self.space()
+        known = reference.statistics(features, output)
+        moments, real = _merged(self.parts), reference.stand_in(features, output, self.count)
+        training = Moments()
+        if real is not None:
+            training.update(real)
+        errors, law = self._errors(known)
+        said = few_samples(moments, known)
         return Record(
-            f"frechet, {self.features.name}",
+            f"{self.title}, {features.name}",
             self.count,
-            {"distance": frechet_distance(self.moments, held_out)},
-            {"distance": frechet_distance(training, held_out)},
+            {"distance": frechet_distance(moments, known)},
+            {"distance": frechet_distance(training, known)} if training.count > 1 else {},
             training.count,
-            {"distance": "to the held-out half; 0 is equal"},
+            {"distance": "to the reference; 0 is equal"},
+            uncertainty=errors,
+            uncertainty_law=law,
+            reference={**reference.manifest, "count": known.count},
+            features=dict(features.manifest),
+            warnings=(said,) if said else (),
         )
+
+    def _errors(self, known: Statistics) -> tuple[dict[str, float], str]:
+        if not self.groups:
+            return {}, "none: draw 3 times with other seeds and tell all three, or set groups for a jackknife"
+        rest = [_merged(self.parts[:g] + self.parts[g + 1 :]) for g in range(self.groups)]
+        distances = torch.tensor([frechet_distance(part, known) for part in rest], dtype=torch.float64)
+        scatter = float((distances - distances.mean()).square().sum())
+        law = f"standard error by a jackknife over {self.groups} groups of samples; of their draw alone"
+        return {"distance": ((self.groups - 1) / self.groups * scatter) ** 0.5}, law
+
+
+def _merged(parts: Sequence[Moments]) -> Moments:
+    found = Moments()
+    for part in parts:
+        found.merge(part)
+    return found
+
+
+@registry.register("fid")
+class FrechetInception(Frechet):
+    """The Fréchet Inception distance (arXiv:1706.08500): ``frechet`` of Inception's 2048 pooled features."""
+
+    title: ClassVar[str] = "fid"
+
+
+@registry.register("sfid")
+class SpatialFrechet(Frechet):
+    """sFID as ADM has it: ``frechet`` of seven channels of Inception's ``mixed_6``, place by place, 2023 values."""
+
+    title: ClassVar[str] = "sfid"
+    output: ClassVar[str] = "spatial"

@@ -11,57 +11,92 @@ import torch
 from torch import Tensor
 
 from pathline.core.errors import InputError
-from pathline.metrics.base import Metric, Real, Record, registry
-from pathline.metrics.features import DigitsCNN, Features
+from pathline.metrics.base import Metric, Real, Record, Reference, registry
+from pathline.metrics.features import DigitsCNN, Features, as_floats
+from pathline.metrics.moments import Rows
 
-__all__ = ["LabelAgreement", "Memorisation", "PrecisionRecall", "nearest", "precision_recall", "two_sample_accuracy"]
+__all__ = [
+    "Collecting",
+    "LabelAgreement",
+    "Memorisation",
+    "PrecisionRecall",
+    "nearest",
+    "precision_recall",
+    "two_sample_accuracy",
+]
 
-_ROWS = 1024  # rows of a distance matrix that are held at once
+_CELLS = 2**24  # of a distance matrix that are held at once, 128 MiB
+_NARROW = 64  # features up to which differences are summed one by one; wider ones are multiplied out
 
 
-class _Collecting(Metric):
-    """A metric that keeps its samples."""
+class Collecting(Metric):
+    """A metric that keeps rows of its samples, and the labels asked for."""
 
-    def __init__(self, real: Real) -> None:
-        super().__init__(real)
-        self._images: list[Tensor] = []
-        self._labels: list[Tensor] = []
+    def __init__(self, real: Reference | None, features: Features | None = None) -> None:
+        super().__init__(real, features)
+        self._kept, self._labels = Rows(), Rows()
 
-    def take(self, batch: Mapping[str, Tensor]) -> None:
+    def rows(self, batch: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Tensor:
+        """Return what is kept of a batch, (N, …)."""
+        return outputs[self.output] if outputs else as_floats(batch["data"])
+
+    def take(self, batch: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
         """Keep the samples."""
-        self._images.append(batch["data"])
+        self._kept.add(self.rows(batch, outputs), batch.get("index"))
         if "label" in batch:
-            self._labels.append(batch["label"])
+            self._labels.add(batch["label"], batch.get("index"))
 
-    def merge(self, other: _Collecting) -> None:
+    def merge(self, other: Collecting) -> None:
         """Keep the other's samples as well."""
         self.count += other.count
-        self._images += other._images
-        self._labels += other._labels
+        self._kept.merge(other._kept)
+        self._labels.merge(other._labels)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return rows, labels and numbers."""
+        parts = {"kept": self._kept.state(), "labels": self._labels.state()}
+        return {f"{part}.{key}": value for part, found in parts.items() for key, value in found.items()}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take them over."""
+        self._kept, self._labels = Rows(), Rows()
+        for part, rows in (("kept.", self._kept), ("labels.", self._labels)):
+            rows.load({key.removeprefix(part): value for key, value in state.items() if key.startswith(part)})
+        self.count = len(self._kept)
 
     @property
-    def images(self) -> Tensor:
-        """All samples so far, (N, C, H, W)."""
-        return torch.cat(self._images)
+    def kept(self) -> Tensor:
+        """All rows so far, in the order of the samples."""
+        return self._kept.all()
 
     @property
     def labels(self) -> Tensor:
         """The labels that were asked for, (N,)."""
-        if sum(map(len, self._labels)) != self.count:
-            raise InputError(f"got {sum(map(len, self._labels))} labels for {self.count} samples, expected one each")
-        return torch.cat(self._labels)
+        if len(self._labels) != self.count:
+            raise InputError(f"got {len(self._labels)} labels for {self.count} samples, expected one each")
+        return self._labels.all()
 
 
 def nearest(points: Tensor, others: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
     """Return distance to and index of the k-th nearest of (M, D) others for each of (N, D) points, (N,) each."""
     if k > len(others):
         raise InputError(f"got {len(others)} points, expected at least {k} to find the neighbour number {k}")
-    parts = [_distances(rows, others).kthvalue(k, dim=1) for rows in torch.split(points, _ROWS)]
+    parts = [_distances(rows, others).kthvalue(k, dim=1) for rows in _blocks(points, others)]
     return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
 
 
+def _blocks(points: Tensor, others: Tensor) -> tuple[Tensor, ...]:
+    """Cut points so that no more than a block of their distances to others is in memory."""
+    return torch.split(points, max(1, _CELLS // len(others)))
+
+
 def _distances(points: Tensor, others: Tensor) -> Tensor:
-    return torch.cdist(points.double(), others.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    """Return Euclidean distances (N, M) in float64, those of wide features as |x|² + |y|² − 2·x·y."""
+    x, y = points.double(), others.double()
+    if x.shape[1] <= _NARROW:
+        return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
+    centre = y.mean(0)  # an offset that all share would cost digits
+    return torch.cdist(x - centre, y - centre, compute_mode="use_mm_for_euclid_dist")
 
 
 def precision_recall(generated: Tensor, real: Tensor, k: int = 3) -> tuple[float, float]:
@@ -75,7 +110,7 @@ def precision_recall(generated: Tensor, real: Tensor, k: int = 3) -> tuple[float
 
 def _covered(points: Tensor, centres: Tensor, k: int) -> float:
     radii, _ = nearest(centres, centres, k + 1)  # the nearest is the point itself
-    inside = [(_distances(rows, centres) <= radii).any(1) for rows in torch.split(points, _ROWS)]
+    inside = [(_distances(rows, centres) <= radii).any(1) for rows in _blocks(points, centres)]
     return float(torch.cat(inside).double().mean())
 
 
@@ -93,14 +128,32 @@ def two_sample_accuracy(first: Tensor, second: Tensor) -> float:
     return float((side[neighbour] == side).double().mean())
 
 
+class _OfHalves(Collecting):
+    """A metric of images and labels, which needs both halves of a data set."""
+
+    real: Real
+
+    def __init__(self, real: Reference) -> None:
+        if not isinstance(real, Real):
+            raise InputError(
+                f"got {type(real).__name__} as what {type(self).__name__} compares with, which needs the halves train "
+                "and held-out of a labelled data set; name one, as digits"
+            )
+        super().__init__(real)
+
+
 @registry.register("label-agreement")
-class LabelAgreement(_Collecting):
+class LabelAgreement(_OfHalves):
     """Share of samples that show the label asked for, to a classifier and to the nearest training image.
 
     Real samples in their place are the held-out images.
+
+    Args:
+        real: the two halves of the data.
+        classifier: trained on the first.
     """
 
-    def __init__(self, real: Real, classifier: DigitsCNN) -> None:
+    def __init__(self, real: Reference, classifier: DigitsCNN) -> None:
         super().__init__(real)
         self.classifier = classifier
 
@@ -110,10 +163,12 @@ class LabelAgreement(_Collecting):
         return Record(
             "label agreement",
             self.count,
-            self._shares(self.images, self.labels),
+            self._shares(self.kept, self.labels),
             self._shares(self.real.images("held_out"), self.real.labels("held_out")),
             len(self.real.held_out),
             {"classifier": "share classified as asked", "neighbour": "share whose nearest training image is as asked"},
+            reference=dict(self.real.manifest),
+            features=dict(self.classifier.manifest),
         )
 
     def _shares(self, images: Tensor, labels: Tensor) -> dict[str, float]:
@@ -123,40 +178,52 @@ class LabelAgreement(_Collecting):
 
 
 @registry.register("precision-recall")
-class PrecisionRecall(_Collecting):
-    """Precision and recall against the held-out half, beside those of as many training images.
+class PrecisionRecall(Collecting):
+    """Precision and recall against real images, by balls that reach the k-th neighbour (arXiv:1904.06991).
+
+    All samples are compared with 10,000 reference images, as ADM's evaluator does; distances are in float64, where
+    that one has float16. Beside a ``Real`` are those of as many training images.
 
     Args:
-        real: the two halves of the data.
+        real: what to compare with.
         features: the feature space.
         k: which neighbour gives the radius.
+        references: number of reference images, the first of them; fewer where there are no more.
     """
 
-    def __init__(self, real: Real, features: Features, k: int = 3) -> None:
-        super().__init__(real)
-        self.features, self.k = features, k
+    def __init__(self, real: Reference, features: Features, k: int = 3, references: int = 10_000) -> None:
+        if k < 1 or references <= k:
+            raise InputError(f"got k {k} and references {references}, expected 1 or more, and more references than k")
+        super().__init__(real, features)
+        self.k, self.references = k, references
 
     def compute(self) -> Record:
         """Return precision and recall."""
         self.need(self.k + 1)
-        training = self.real.images("training", self.count)
+        reference, (features, output) = self.compared(), self.space()
+        real = reference.vectors(features, output, self.references)
+        training = reference.stand_in(features, output, self.count)
         return Record(
-            f"precision-recall, {self.features.name}, k={self.k}",
+            f"precision-recall, {features.name}, k={self.k}",
             self.count,
-            self._both(self.images),
-            self._both(training),
-            len(training),
-            {"precision": "share of samples among real ones", "recall": "share of real ones among samples"},
+            self._both(self.kept, real),
+            {} if training is None else self._both(training, real),
+            0 if training is None else len(training),
+            {
+                "precision": "share of samples among real ones",
+                "recall": "share of real ones among samples",
+            },
+            reference={**reference.manifest, "vectors": len(real)},
+            features=dict(features.manifest),
         )
 
-    def _both(self, images: Tensor) -> dict[str, float]:
-        real = self.features(self.real.images("held_out"))
-        precision, recall = precision_recall(self.features(images), real, self.k)
+    def _both(self, generated: Tensor, real: Tensor) -> dict[str, float]:
+        precision, recall = precision_recall(generated.to(real.device), real, self.k)
         return {"precision": precision, "recall": recall}
 
 
 @registry.register("memorisation")
-class Memorisation(_Collecting):
+class Memorisation(_OfHalves):
     """Whether samples lie nearer to training images than unseen real images do, by distances of pixels in [−1, 1].
 
     Real samples in their place are as many held-out images; for these, the held-out image next to one is another one.
@@ -169,7 +236,7 @@ class Memorisation(_Collecting):
         return Record(
             "memorisation, pixels",
             self.count,
-            self._figures(self.images.flatten(1), k=1),
+            self._figures(self.kept.flatten(1), k=1),
             self._figures(held_out, k=2),  # the nearest held-out image of a held-out one is itself
             len(held_out),
             {
@@ -178,6 +245,7 @@ class Memorisation(_Collecting):
                 "below real 5 %": "share nearer to training than 5 % of held-out are; ideal 0.05",
                 "two-sample accuracy": "told from training by the nearest neighbour; ideal 0.5",
             },
+            reference=dict(self.real.manifest),
         )
 
     def _figures(self, images: Tensor, k: int) -> dict[str, float]:

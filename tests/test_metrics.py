@@ -3,15 +3,17 @@ from __future__ import annotations
 import json
 import math
 import warnings
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from pathline import Draws, InputError, InputTypeError, data, metrics
+from pathline import Draws, InputError, InputTypeError, PathlineError, data, metrics
 from pathline.metrics import features
 from pathline.metrics.base import Real
+from pathline.metrics.evaluation import Evaluation
 from pathline.metrics.frechet import Moments, frechet_distance
 from pathline.metrics.neighbours import nearest, precision_recall, two_sample_accuracy
 from pathline.metrics.report import Judge, table
@@ -210,9 +212,29 @@ def test_two_sample_accuracy_of_like_unlike_and_copied_sets():
 # --- metrics by name ----------------------------------------------------------------------------------------------
 
 
+class Several(features.Features):
+    """A feature space of three outputs, as Inception's, by fixed projections of the pixels."""
+
+    name = "several"
+    sizes: ClassVar = {"features": 6, "spatial": 7, "logits": 5}
+    manifest: ClassVar = {"name": "several", "sizes": sizes, "sha256": "ab" * 32}
+
+    def __call__(self, images):
+        return self.outputs(images)["features"]
+
+    def outputs(self, images):
+        x = features.as_floats(images).flatten(1).double()
+        return {
+            name: (x @ Draws(i).normal("axes", range(64), (size,)).double()).float()
+            for i, (name, size) in enumerate(self.sizes.items())
+        }
+
+
 def built(judge):
     """Every metric, with what it needs."""
     return {
+        "fid": dict(features=Several()),
+        "sfid": dict(features=Several(), groups=3),
         "frechet": dict(features=judge.classifier),
         "label-agreement": dict(classifier=judge.classifier),
         "memorisation": {},
@@ -246,7 +268,7 @@ def test_metrics_refuse_what_does_not_fit(name, judge, real):
         (InputError, {"data": torch.zeros(1, 8, 8)}, r"samples of shape \(1, 8, 8\), expected \(N, 1, 8, 8\)"),
         (InputError, {"data": torch.full((2, 1, 8, 8), math.nan)}, "NaN or infinite values in samples"),
         (InputError, {"data": torch.full((2, 1, 8, 8), -1.5)}, r"got samples up to ±1.5, expected \[-1, 1\]"),
-        (InputTypeError, {"data": torch.zeros(2, 1, 8, 8, dtype=torch.uint8)}, "samples of type torch.uint8"),
+        (InputTypeError, {"data": torch.zeros(2, 1, 8, 8, dtype=torch.int32)}, "samples of type torch.int32"),
         (InputError, {"label": torch.tensor([0, 10])}, "got label 10, expected 0 to 9"),
         (InputError, {"label": torch.tensor([1])}, "got labels of shape"),
     ):
@@ -315,3 +337,107 @@ def test_each_metric_notices_its_fault(judge, real):
     few = labels < 5
     collapsed = figures(images[few].repeat(3, 1, 1, 1), labels[few].repeat(3))
     assert collapsed["precision-recall, digits-cnn, k=3, recall"] < 0.7
+
+
+# --- several together ---------------------------------------------------------------------------------------------
+
+
+def digits(count):
+    batch = data.build("digits", split="all").batch(range(count))
+    noise = 0.2 * Draws(0).normal("noise", range(count), (1, 8, 8))
+    return (batch["data"] + noise).clamp(-1, 1), batch["label"]
+
+
+def figures_of(records):
+    return {f"{r.metric}, {key}": (r.values[key], r.real.get(key)) for r in records for key in r.values}
+
+
+def test_an_evaluation_is_its_metrics_one_by_one(judge, real):
+    images, labels = digits(120)
+    names = ["frechet:pca", "frechet", "precision-recall", "memorisation", "label-agreement"]
+    whole, first, second = (Evaluation(names, real) for _ in range(3))
+    for part in (slice(0, 50), slice(50, 120)):
+        whole.update(images[part], labels[part])
+    for evaluation, part in ((first, slice(70, 120)), (second, slice(0, 70))):
+        evaluation.update(images[part], labels[part], torch.arange(120)[part])
+    first.merge_state(second.state())
+    expected = {}
+    for name, options in (
+        ("frechet", dict(features=features.build("pca", training=real.training))),
+        ("frechet", dict(features=judge.classifier)),
+        ("precision-recall", dict(features=judge.classifier)),
+        ("memorisation", {}),
+        ("label-agreement", dict(classifier=judge.classifier)),
+    ):
+        metric = metrics.build(name, real=real, **options)
+        metric.update({"data": images, "label": labels})
+        expected |= figures_of([metric.compute()])
+    for evaluation in (whole, first):
+        found = figures_of(evaluation.compute())
+        assert found.keys() == expected.keys()
+        for key, pair in expected.items():
+            assert found[key] == pytest.approx(pair, rel=1e-6)  # the classifier is of float32
+
+
+def test_a_feature_space_sees_a_batch_once(real):
+    class Counted(Several):
+        calls = 0
+
+        def outputs(self, images):
+            Counted.calls += 1
+            return super().outputs(images)
+
+    space = Counted()
+    evaluation = Evaluation([{"name": name, "features": space} for name in ("fid", "sfid", "precision-recall")], real)
+    evaluation.update(digits(11)[0])
+    assert Counted.calls == 1
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ([], "got no metrics"),
+        (["fod"], "unknown metric 'fod'; did you mean 'fid'"),
+        (["memorisation:pca"], "has no option 'features'"),
+        ([{"name": "frechet", "group": 3}], "has no option 'group'; did you mean 'groups'"),
+        (["sfid:pca"], "got the feature space pca, which gives features, for SpatialFrechet, which is of spatial"),
+        ([{"name": "frechet", "groups": 1}], "got groups 1, expected 0, or 2 and more"),
+    ],
+)
+def test_what_an_evaluation_refuses(names, message, real):
+    with pytest.raises(PathlineError, match=message):
+        Evaluation(names, real)
+
+
+def test_what_needs_a_reference_says_so(real):
+    with pytest.raises(InputError, match="got no reference for the metric frechet, which compares with one"):
+        Evaluation(["frechet:pixels"])
+    with pytest.raises(InputError, match="got no reference for Frechet"):
+        metric = metrics.build("frechet", real=None, features=Several())
+        metric.update({"data": digits(5)[0]})
+        metric.compute()
+
+
+def test_samples_by_number_come_once_and_all_have_one(real):
+    evaluation = Evaluation(["memorisation"], real)
+    images, labels = digits(6)
+    evaluation.update(images[:3], labels[:3], torch.tensor([4, 0, 2]))
+    with pytest.raises(InputError, match="got numbers of samples for some batches and none for others"):
+        evaluation.update(images[3:], labels[3:])
+    evaluation = Evaluation(["memorisation"], real)
+    evaluation.update(images[:3], labels[:3], torch.tensor([4, 0, 2]))
+    evaluation.update(images[3:], labels[3:], torch.tensor([3, 2, 1]))
+    with pytest.raises(InputError, match="got sample 2 twice"):
+        evaluation.compute()
+
+
+def test_levels_and_floats_are_one(real):
+    levels = torch.randint(0, 256, (9, 1, 8, 8), dtype=torch.uint8)
+    floats = levels / 127.5 - 1
+    assert torch.equal(features.as_levels(floats), levels) and torch.equal(features.as_levels(levels), levels)
+    assert torch.equal(features.as_floats(levels), floats)
+    assert features.as_levels(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]
+    pair = [Evaluation(["frechet:pixels", "frechet"], real) for _ in range(2)]
+    for evaluation, images in zip(pair, (levels, floats), strict=True):
+        evaluation.update(images)
+    assert figures_of(pair[0].compute()) == figures_of(pair[1].compute())
