@@ -16,6 +16,7 @@ from pathline.core import overrides
 from pathline.core.errors import ConfigurationError, PathlineError, suggest
 from pathline.core.registry import Entry, Registry
 from pathline.core.sections import Checkpoint, Ema, Guard, Log, Optim, Sample, Section, Train
+from pathline.encoders import autoencoders
 from pathline.solvers import guidance
 
 __all__ = ["Component", "Configuration", "check_entries", "differences", "filled", "load", "resolve"]
@@ -37,6 +38,7 @@ class Configuration(Section):
     backbone: Component
     objective: Component
     encoders: list[Component] = Field(default_factory=list)
+    autoencoder: Component | None = None
     optim: Optim = Optim()
     ema: Ema = Ema()
     guard: Guard = Guard()
@@ -77,6 +79,8 @@ def resolve(entries: Mapping[str, Any]) -> Configuration:
     for section, registry in COMPONENTS.items():
         if section in filled:
             filled[section] = _component(filled[section], section, registry, problems)
+    if filled.get("autoencoder") is not None:
+        filled["autoencoder"] = _component(filled["autoencoder"], "autoencoder", autoencoders.registry, problems)
     for section, check in (("guidance", _guidance), ("encoders", _encoder)):
         value = filled.get(section)
         if isinstance(value, list):

@@ -8,10 +8,13 @@ from collections.abc import Iterator, Sequence
 
 from pathline import backbones, data, encoders, interpolants, metrics, objectives, solvers
 from pathline.core.registry import Entry, registries
+from pathline.data import sources
+from pathline.encoders import autoencoders
 
 __all__ = ["lines", "main"]
 
-KINDS = (backbones, data, encoders, interpolants, metrics, objectives, solvers)  # importing them fills the registries
+# importing them fills the registries
+KINDS = (backbones, data, sources, encoders, autoencoders, interpolants, metrics, objectives, solvers)
 
 
 def lines(place: str | None = None) -> Iterator[str]:

@@ -5,26 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from pathline import backbones, data, encoders, interpolants, objectives, solvers
+from pathline import backbones, interpolants, objectives, solvers
+from pathline import data as datasets
 from pathline.core.config import Configuration
 from pathline.core.draws import Draws
 from pathline.core.errors import ConfigurationError, InputError, PathlineError
 from pathline.core.flow import BaseFlow, Flow
 from pathline.data import Batch, Dataset
-from pathline.encoders import Cached, Computed, Source
-from pathline.encoders.grids import check_grids, on_grid
+from pathline.encoders import Source, autoencoders, on_grid
+from pathline.encoders.autoencoders import Autoencoder
 from pathline.interpolants import Interpolant
 from pathline.objectives import Objective
-from pathline.objectives.base import backbone_attribute
 from pathline.solvers import Solver, guidance
 from pathline.solvers.guidance import Guidance, LabelGuidance
+from pathline.training.alignment import blank_features, encoder_problems, source_of, token_grid
+from pathline.training.latents import autoencoder_problems
 from pathline.training.network import checkpoint_activations, units
 from pathline.training.optim import matrices_of_blocks
 from pathline.training.speed import forward_flops
@@ -42,6 +43,7 @@ class Parts:
         forward_flops: floating-point operations of the objective's forward pass on one sample, those of encoders
             left out; 0 if the parts are not for training.
         encoders: where the tokens to align to come from, in the order of the backbone's ``align_dims``.
+        autoencoder: that decodes samples; None where the data are pixels, or latents that stay latents.
     """
 
     configuration: Configuration
@@ -53,10 +55,29 @@ class Parts:
     guidance: tuple[Guidance, ...]
     forward_flops: int = 0
     encoders: tuple[Source, ...] = ()
+    autoencoder: Autoencoder | None = None
+
+    @property
+    def can_draw(self) -> bool:
+        """Whether samples can be seen: ``images`` gives some."""
+        return self.autoencoder is not None or (self.dataset.data_are_images and self.dataset.shape[0] in (1, 3))
+
+    def images(self, x: Tensor) -> Tensor | None:
+        """Return the images of samples (N, C, H, W): decoded latents, or the samples, where the data are images.
+
+        The autoencoder moves to where the samples are.
+
+        Returns:
+            (N, c, R, R) in [−1, 1], not clamped; None for latents without an autoencoder, and for data of other
+            channels than one or three.
+        """
+        if self.autoencoder is not None:
+            return self.autoencoder.to(x.device).decode(x)
+        return x if self.can_draw else None
 
     def features(self, batch: Batch, device: torch.device) -> tuple[Tensor, ...]:
         """Return the tokens of every encoder on the backbone's token grid, (N, T, dim) each, on a device."""
-        wanted = _token_grid(self.backbone)
+        wanted = token_grid(self.backbone)
         found = [(source.tokens(batch, device), source.grid) for source in self.encoders]
         return tuple(on_grid(tokens, grid, wanted or grid) for tokens, grid in found)
 
@@ -72,18 +93,19 @@ class Parts:
         return flow
 
 
-def build(configuration: Configuration, *, training: bool = True) -> Parts:
+def build(configuration: Configuration, *, training: bool = True, data: Dataset | None = None) -> Parts:
     """Build every part; the backbone's first weights are a function of ``train.seed``.
 
     Args:
         configuration: of a run.
         training: whether the loss will be evaluated; else encoders are left out, for samples need none.
+        data: in the place of the data set that the configuration names; sampling takes what is ``Described``.
 
     Raises:
         ConfigurationError: options that a part refuses, or parts that do not fit one another; lists all of them.
     """
     c, problems = configuration, _Problems()
-    dataset = problems.collect("data", lambda: data.build(c.data))
+    dataset = problems.collect("data", lambda: datasets.build(c.data)) if data is None else data
     interpolant = problems.collect("interpolant", lambda: interpolants.build(c.interpolant))
     backbone = problems.collect("backbone", lambda: _backbone(c))
     # an objective is built on the path: without one there is nothing more to say
@@ -96,11 +118,23 @@ def build(configuration: Configuration, *, training: bool = True) -> Parts:
         for i, item in enumerate(c.guidance)
     ]
     sources = [
-        problems.collect(f"encoders.{i}", lambda item=item: _source(item, dataset))  # type: ignore[misc]  # a default
+        problems.collect(f"encoders.{i}", lambda item=item: source_of(item, dataset))  # type: ignore[misc]  # a default
         for i, item in enumerate(c.encoders if training and dataset else ())
     ]
+    named = c.autoencoder
+    autoencoder = None if named is None else problems.collect("autoencoder", lambda: autoencoders.build(named))
     problems.report()
-    parts = Parts(c, dataset, interpolant, backbone, objective, solver, tuple(guides), encoders=tuple(sources))
+    parts = Parts(
+        c,
+        dataset,
+        interpolant,
+        backbone,
+        objective,
+        solver,
+        tuple(guides),
+        encoders=tuple(sources),
+        autoencoder=autoencoder,
+    )
     flops = _cross_check(parts, problems, training=training)
     problems.report()
     return replace(parts, forward_flops=flops)
@@ -112,13 +146,6 @@ def _backbone(configuration: Configuration) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         return backbones.build(configuration.backbone)
-
-
-def _source(component: dict[str, Any], dataset: Dataset) -> Source:
-    """Return an encoder's tokens: from the file that its entry names, or of the encoder itself."""
-    if component["cache"] is not None:
-        return Cached(Path(component["cache"]), component, dataset)
-    return Computed(encoders.build({key: value for key, value in component.items() if key != "cache"}), dataset)
 
 
 class _Problems:
@@ -168,8 +195,11 @@ def _cross_check(parts: Parts, problems: _Problems, *, training: bool) -> int:
     labels = parts.configuration.sample.labels
     if classes and not isinstance(labels, str) and max([labels] if isinstance(labels, int) else labels) >= classes:
         problems.found.append(f"sample.labels: got {labels}, expected classes from 0 to {classes - 1}")
+    if parts.autoencoder is not None:
+        problems.found += autoencoder_problems(parts.autoencoder, dataset)
     if training:
-        problems.found += _encoder_problems(parts)
+        name = parts.configuration.objective["name"]
+        problems.found += encoder_problems(parts.encoders, parts.objective, name, backbone)
         problems.found += _precision_problems(parts)
     if problems.found:
         return 0
@@ -201,34 +231,6 @@ def _random_layers(backbone: nn.Module) -> Iterator[str]:
             )
 
 
-def _encoder_problems(parts: Parts) -> Iterator[str]:
-    """Yield what does not fit between encoders, objective and backbone."""
-    given, name = parts.encoders, parts.configuration.objective["name"]
-    aligns = bool(getattr(parts.objective, "weights", {}).get("align"))
-    if aligns and not given:
-        yield f"encoders: got none for the objective {name!r}, which aligns to some; write encoders: [dinov2-b], say"
-    if given and not aligns:
-        yield (
-            f"encoders: got {len(given)} for the objective {name!r}, which aligns to none; use 'alignment', or give "
-            "'deepflow' an align above 0, or leave encoders and align_dims out"
-        )
-    dims, wanted = backbone_attribute(parts.backbone, "align_dims"), [source.dim for source in given]
-    if dims and not aligns and not given:
-        yield (
-            f"backbone.align_dims: got {list(dims)} for the objective {name!r}, which aligns to none and leaves the "
-            "projectors as they are; use 'alignment', or give 'deepflow' an align above 0, with as many encoders, or "
-            "leave align_dims and align_layer out"
-        )
-    if aligns and given and dims is not None and list(dims) != wanted:
-        yield f"backbone.align_dims: got {list(dims)}, and the encoders have {wanted}; write align_dims: {wanted}"
-    grid = _token_grid(parts.backbone)
-    for number, source in enumerate(given):
-        try:
-            check_grids(source.grid, grid or source.grid)
-        except InputError as error:
-            yield f"encoders.{number}: {error}"
-
-
 def _precision_problems(parts: Parts) -> Iterator[str]:
     """Yield what is wrong with a precision in which the differences that an objective takes are rounded away."""
     train = parts.configuration.train
@@ -240,19 +242,6 @@ def _precision_problems(parts: Parts) -> Iterator[str]:
         )
 
 
-def _token_grid(backbone: nn.Module) -> tuple[int, int] | None:
-    """Return rows and columns of a backbone's tokens, its own or its trunk's; None if it does not tell."""
-    holder = backbone if hasattr(backbone, "grid") else getattr(backbone, "trunk", None)
-    grid: tuple[int, int] | None = getattr(holder, "grid", None)
-    return grid
-
-
-def _blank_features(parts: Parts, count: int) -> tuple[Tensor, ...]:
-    """Return ones of the shape of the encoders' tokens on the backbone's grid."""
-    grids = [(_token_grid(parts.backbone) or source.grid, source.dim) for source in parts.encoders]
-    return tuple(torch.ones(count, rows * columns, dim) for (rows, columns), dim in grids)
-
-
 def _check_objective(parts: Parts) -> int:
     """Evaluate the loss of two samples: only that tells whether objective and backbone speak to one another.
 
@@ -260,7 +249,7 @@ def _check_objective(parts: Parts) -> int:
     too: forward-mode differentiation cannot pass them. Returns the operations of the forward pass on one sample.
     """
     train, batch = parts.configuration.train, parts.dataset.batch([0, 1])
-    features = _blank_features(parts, 2)  # an encoder may be larger than the network
+    features = blank_features(parts.encoders, parts.backbone, 2)  # an encoder may be larger than the network
 
     def loss(backbone: nn.Module = parts.backbone) -> Tensor:
         given = parts.conditions(batch["label"])
