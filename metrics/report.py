@@ -1,18 +1,27 @@
-"""A first measure of quality: all metrics that a small labelled data set allows, each beside its real reference."""
+"""Measuring a whole: all metrics that a small labelled data set allows, files of samples by any metrics, and models."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from pathline import metrics
+from pathline.core.draws import Draws
+from pathline.core.errors import DataError, InputError
+from pathline.core.flow import BaseFlow
+from pathline.data import Dataset
 from pathline.metrics import features
 from pathline.metrics.base import Real, Record
+from pathline.metrics.evaluation import Evaluation
 from pathline.metrics.features import DigitsCNN
+from pathline.metrics.models import ModelMetric, ModelRecord
+from pathline.metrics.samples import Samples
 
-__all__ = ["Judge", "table"]
+__all__ = ["Judge", "measure_model", "measure_samples", "summary", "table"]
 
 
 @dataclass(frozen=True)
@@ -53,13 +62,79 @@ class Judge:
         return [metric.compute() for metric in asked]
 
 
+def measure_samples(evaluation: Evaluation, samples: Samples, count: int, batch: int) -> list[Record]:
+    """Measure the first samples of a file by any metrics.
+
+    Args:
+        evaluation: fresh, its reference of the samples' kind.
+        samples: of the file.
+        count: number of samples, from 1 to all.
+        batch: samples at once.
+
+    Raises:
+        DataError: samples that do not fit the reference or a metric; the file is named.
+    """
+    try:
+        shown = tqdm(total=count, desc=samples.path.name, unit="sample", disable=None, leave=False)
+        with shown:
+            for images, labels in samples.batches(batch, count):
+                evaluation.update(images, labels, torch.arange(shown.n, shown.n + len(images)))
+                shown.update(len(images))
+        return evaluation.compute()
+    except InputError as error:
+        raise DataError(f"{error}; in {samples.path}") from error
+
+
+def measure_model(
+    metric: ModelMetric, flow: BaseFlow, dataset: Dataset, count: int, *, seed: int = 0, batch: int = 64
+) -> ModelRecord:
+    """Measure a flow on the first samples of a data set.
+
+    Args:
+        metric: fresh.
+        flow: its backbone in evaluation mode.
+        dataset: unseen data, where there are some.
+        count: number of samples, from 2 to all.
+        seed: with a sample's number fixes what is drawn for it.
+        batch: samples at once, 1 or more; changes nothing but rounding.
+
+    Raises:
+        InputError: a number out of range, or a flow or data that do not fit the metric.
+    """
+    if not 2 <= count <= len(dataset) or batch < 1:
+        raise InputError(
+            f"got count {count} and batch {batch}, expected 2 to {len(dataset)} samples, 1 or more at once"
+        )
+    for first in range(0, count, batch):
+        ids = range(first, min(first + batch, count))
+        metric.update(flow, dataset.batch(ids), Draws(seed).at(ids))
+    return metric.compute()
+
+
+def summary(record: ModelRecord) -> Record:
+    """Return a record of a model as one of a value a row, the mean over the times with its standard error."""
+    return Record(
+        record.metric,
+        record.count,
+        values={row.name: row.mean for row in record.rows},
+        real={},
+        real_count=0,
+        about={row.name: f"{record.about} ({record.unit})" for row in record.rows},
+        uncertainty={row.name: row.error for row in record.rows},
+        uncertainty_law="standard error of the mean over samples",
+    )
+
+
 def table(records: Iterable[Record]) -> str:
     """Lay records out as lines: metric, figure, samples, real samples in their place, both counts, what it says."""
     rows = [("metric", "figure", "samples", "real", "counts", "meaning")]
     for record in records:
         counts = f"{record.count}, {record.real_count}"
         for name, value in record.values.items():
-            rows.append((record.metric, name, f"{value:.3f}", f"{record.real[name]:.3f}", counts, record.about[name]))
+            error = record.uncertainty.get(name)
+            figure = f"{value:.3f}" if error is None else f"{value:.3f} ± {error:.3f}"
+            real = f"{record.real[name]:.3f}" if name in record.real else "—"
+            rows.append((record.metric, name, figure, real, counts, record.about.get(name, "")))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, "<<>>><", widths, strict=True)).rstrip()

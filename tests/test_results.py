@@ -1,0 +1,225 @@
+"""Files of results: what is written, what tables of several show, and what is told to set them apart."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from pathline.core.errors import DataError
+from pathline.evaluate import main as evaluate
+from pathline.metrics.base import Record
+from pathline.metrics.results import Result, differences, markdown, output_of, table, write
+
+DRAWN = {
+    "checkpoint": {"name": "step-000000300", "average": "ema", "weights_sha256": "a" * 64},
+    "solver": {"name": "heun", "steps": 25},
+    "guidance": [],
+    "nfe": 50,
+    "seed": 0,
+    "seed_law": "sample i is a function of (seed, i)",
+    "label_law": "balanced",
+    "rounding": "float32, clamp, round",
+    "precision": "fp32",
+    "tf32": False,
+}
+FID = dict(
+    metric="fid",
+    count=500,
+    values={"fid": 2.0625},
+    real={},
+    real_count=10_000,
+    uncertainty={"fid": 0.0321},
+    uncertainty_law="three seeds",
+    reference={"name": "virtual", "sha256": "b" * 64, "count": 1000},
+    features={"name": "inception", "sha256": "c" * 64},
+)
+
+
+def written(folder, name, *, drawn=DRAWN, size=(3, 5), more=(), **changes):
+    """Write a file of results; return its path."""
+    path = output_of(folder / f"{name}.npz")
+    records = [record.to_json() for record in (Record(**{**FID, **changes}), *more)]
+    write(path, records, drawn, "1.2.3", shape=[1, *size])
+    return path
+
+
+def told(*paths):
+    return differences([Result.read(path) for path in paths])
+
+
+def test_a_file_holds_the_result_with_its_evidence(tmp_path):
+    path = written(tmp_path, "a", warnings=("few",))
+    assert path == tmp_path / "a.metrics.json"
+    content = json.loads(path.read_text())
+    assert content["metrics"] == [{**FID, "about": {}, "warnings": ["few"]}]
+    assert content["samples"] == DRAWN and content["format"] == 2
+    assert (content["version"], content["torch"]) == ("1.2.3", torch.__version__)
+    result = Result.read(path)
+    assert result.shape == (1, 3, 5) and result.drawn == DRAWN
+    ((column, figure),) = result.figures.items()
+    assert column == ("fid", "fid") and str(figure) == "2.062 ± 0.032"
+
+
+def test_files_written_before_are_read(tmp_path):
+    old = {"version": "0.1", "metrics": [{"metric": "frechet, pca", "count": 5, "values": {"distance": 1.5}}]}
+    (tmp_path / "a.metrics.json").write_text(json.dumps({**old, "samples": {"nfe": 3}}))
+    result = Result.read(tmp_path / "a.metrics.json")
+    assert result.shape is None and str(result.figures["frechet, pca", "distance"]) == "1.5"
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def test_rows_are_results_and_columns_metrics(tmp_path, capsys):
+    recall = Record("precision-recall, inception, k=3", 500, {"precision": 0.75, "recall": 0.5}, {}, 0)
+    first = written(tmp_path, "first", more=[recall])
+    second = written(tmp_path, "second", drawn={**DRAWN, "solver": {"name": "euler"}, "nfe": 20}, values={"fid": 13.0})
+    assert evaluate(["compare", str(first), str(second)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines[:4]] == [
+        ["precision-recall", "precision-recall"],
+        ["inception", "inception"],
+        ["k=3", "k=3"],
+        ["result", "solver", "NFE", "fid", "precision", "recall"],
+    ]
+    assert lines[4].split() == ["first", "heun", "50", "2.062", "±", "0.032", "0.75", "0.5"]
+    assert lines[5].split() == ["second", "euler", "20", "13", "±", "0.032", "—", "—"]
+    assert evaluate(["compare", str(first), str(second), "--markdown"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "| result | solver | NFE | fid | precision-recall, inception, k=3, precision "
+        "| precision-recall, inception, k=3, recall |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
+        "| first | heun | 50 | 2.062 ± 0.032 | 0.75 | 0.5 |",
+        "| second | euler | 20 | 13 ± 0.032 | — | — |",
+    ]
+
+
+def test_results_of_one_name_are_told_by_their_folders(tmp_path):
+    paths = []
+    for folder in ("x", "y"):
+        (tmp_path / folder).mkdir()
+        paths.append(written(tmp_path / folder, "same"))
+    results = [Result.read(path) for path in paths]
+    assert [line.split()[0] for line in table(results).splitlines()[1:]] == [
+        str(tmp_path / folder / "same") for folder in "xy"
+    ]
+    assert "|" in markdown(results[:1]) and str(tmp_path) not in markdown(results[:1])
+
+
+# --- what sets results apart -----------------------------------------------------------------------------------------
+
+
+def test_equal_results_have_nothing_to_be_told(tmp_path):
+    assert told(written(tmp_path, "a"), written(tmp_path, "b", drawn={**DRAWN, "seed": 1, "seconds": 3.5})) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        (dict(count=400), "fid is not comparable: another number of samples: 500 in a; 400 in b"),
+        (dict(real_count=9), "fid is not comparable: another number of real samples: 10000 in a; 9 in b"),
+        (
+            dict(reference={**FID["reference"], "sha256": "d" * 64}),
+            "fid is not comparable: another reference: virtual sha256=bbbbbbbbbbbb… count=1000 in a; "
+            "virtual sha256=dddddddddddd… count=1000 in b",
+        ),
+        (
+            dict(features={"name": "inception", "sha256": "e" * 64}),
+            "fid is not comparable: another feature space: inception sha256=cccccccccccc… in a; "
+            "inception sha256=eeeeeeeeeeee… in b",
+        ),
+        (dict(size=(5, 3)), "not comparable: another shape of a sample: (1, 3, 5) in a; (1, 5, 3) in b"),
+    ],
+)
+def test_what_makes_figures_not_comparable_is_named(changes, line, tmp_path):
+    assert told(written(tmp_path, "a"), written(tmp_path, "b", **changes)) == [line]
+
+
+@pytest.mark.parametrize(
+    ("entry", "value", "line"),
+    [
+        ("label_law", "random", "not comparable: another label law: balanced in a; random in b"),
+        ("rounding", "truncate", "not comparable: another rounding: float32, clamp, round in a; truncate in b"),
+        ("autoencoder", {"name": "ft-mse"}, "not comparable: another decoder: none in a; ft-mse in b"),
+        ("nfe", 51, "drawn differently: another NFE: 50 in a; 51 in b"),
+        ("solver", {"name": "heun"}, "drawn differently: another solver: heun steps=25 in a; heun in b"),
+        (
+            "guidance",
+            [{"name": "cfg", "scale": 1.5}],
+            "drawn differently: another guidance: none in a; cfg scale=1.5 in b",
+        ),
+        ("precision", "bf16", "drawn differently: another precision: fp32 in a; bf16 in b"),
+        ("tf32", True, "drawn differently: another TF32: False in a; True in b"),
+        (
+            "seed_law",
+            None,
+            "drawn differently: another seed law: sample i is a function of (seed, i) in a; unknown in b",
+        ),
+        (
+            "checkpoint",
+            {**DRAWN["checkpoint"], "average": "ema-0.050"},
+            "drawn differently: another average of the weights: ema in a; ema-0.050 in b",
+        ),
+        (
+            "checkpoint",
+            {**DRAWN["checkpoint"], "weights_sha256": "f" * 64},
+            "drawn differently: another checkpoint: aaaaaaaaaaaa… in a; ffffffffffff… in b",
+        ),
+    ],
+)
+def test_what_was_drawn_differently_is_named(entry, value, line, tmp_path):
+    assert told(written(tmp_path, "a"), written(tmp_path, "b", drawn={**DRAWN, entry: value})) == [line]
+
+
+def test_samples_without_a_record_are_unknown_in_every_respect(tmp_path):
+    lines = told(written(tmp_path, "a"), written(tmp_path, "b", drawn={}))
+    assert lines[0] == "nothing is known of how b was drawn"
+    assert "not comparable: another label law: balanced in a; unknown in b" in lines
+    assert "not comparable: another decoder: none in a; unknown in b" in lines
+
+
+def test_what_a_metric_warns_of_is_told_again(tmp_path):
+    paths = [written(tmp_path, name, warnings=("500 samples for 2048 features",)) for name in "ab"]
+    assert told(*paths) == [f"{name}: fid: 500 samples for 2048 features" for name in "ab"]
+
+
+def test_differences_go_to_stderr_and_are_no_failure(tmp_path, capsys):
+    paths = [written(tmp_path, "a"), written(tmp_path, "b", count=4), written(tmp_path, "c", count=4)]
+    assert evaluate(["compare", *map(str, paths)]) == 0
+    assert capsys.readouterr().err == (
+        "warning: fid is not comparable: another number of samples: 500 in a; 4 in b, c\n"
+    )
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[" * 100_000,
+        "[]",
+        "{}",
+        '{"metrics": 3}',
+        '{"metrics": [3]}',
+        '{"metrics": [{"metric": 3, "values": {}}]}',
+        '{"metrics": [{"metric": "fid"}]}',
+        '{"metrics": [{"metric": "fid", "values": {"fid": "low"}}]}',
+        '{"metrics": [], "samples": []}',
+        '{"metrics": [], "format": 3}',
+    ],
+)
+def test_files_of_another_kind_are_refused(content, tmp_path, capsys):
+    (tmp_path / "a.metrics.json").write_text(content)
+    with pytest.raises(DataError, match=r"got .*a\.metrics\.json"):
+        Result.read(tmp_path / "a.metrics.json")
+    assert evaluate(["compare", str(tmp_path / "a.metrics.json")]) == 2
+    assert capsys.readouterr().err.startswith("error: got ")
+
+
+def test_no_file(tmp_path):
+    with pytest.raises(DataError, match=r"got no file at .*none"):
+        Result.read(tmp_path / "none.metrics.json")
