@@ -67,6 +67,7 @@ def snapshot(folder):
         "configuration": configuration(folder).model_dump(mode="json"),
         "data": {"name": "digits", "count": 1797},
         "statistics": {"mean": 0.25},
+        "samples": {"shape": [1, 8, 8], "num_classes": 10, "data_are_images": True, "latents_of": None},
     }
     return Snapshot({**groups, "optim": {"labels.weight.exp_avg": torch.randn(11, 12)}}, state)
 
@@ -123,6 +124,7 @@ def test_the_json_file_tells_what_the_weights_are(run):
         "configuration": configuration(run).model_dump(mode="json"),
         "data": {"name": "digits", "count": 1797},
         "statistics": {"mean": 0.25},
+        "samples": {"shape": [1, 8, 8], "num_classes": 10, "data_are_images": True, "latents_of": None},
     }
     assert path.stat().st_mode == path.with_suffix(".json").stat().st_mode
     assert sorted(file.name for file in run.iterdir()) == ["checkpoints", path.with_suffix(".json").name, path.name]

@@ -23,6 +23,7 @@ from pathline import __version__
 from pathline.core.config import resolve
 from pathline.core.errors import CheckpointError, InputError, PathlineError, suggest
 from pathline.training import checkpoints
+from pathline.training.described import KEPT
 from pathline.training.exported import digest
 from pathline.training.manifest import SUFFIX, make_folder, read_manifest, sync
 
@@ -30,7 +31,7 @@ __all__ = ["export", "main", "make_whole"]
 
 
 def export(checkpoint: Path, average: str | None = None, output: Path | None = None) -> Path:
-    """Write weights of a checkpoint, and beside them a JSON file: configuration, data, statistics, version and hash.
+    """Write weights of a checkpoint, and beside them a JSON file: what ``KEPT`` names, version and hash.
 
     Args:
         checkpoint: its folder.
@@ -58,7 +59,7 @@ def export(checkpoint: Path, average: str | None = None, output: Path | None = N
     try:
         _save(checkpoints.read_group(checkpoint, average), temporary)
         record = {"version": __version__, "sha256": digest(temporary), "average": average, "step": state["step"]}
-        record |= {key: state[key] for key in ("configuration", "data", "statistics") if key in state}
+        record |= {key: state[key] for key in KEPT if key in state}
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -13,7 +14,7 @@ from pathline.core.config import Configuration, resolve
 from pathline.core.errors import CheckpointError
 from pathline.training.manifest import parse
 
-__all__ = ["digest", "load_exported", "read_weights"]
+__all__ = ["digest", "load_exported", "read_record", "read_weights"]
 
 
 def load_exported(path: Path) -> tuple[Configuration, dict[str, Tensor]]:
@@ -26,15 +27,23 @@ def load_exported(path: Path) -> tuple[Configuration, dict[str, Tensor]]:
         CheckpointError: a file is missing, damaged, or not of the other one.
         ConfigurationError: it names what is not installed here.
     """
+    return resolve(read_record(path)["configuration"]), read_weights(path)
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Read the JSON file beside weights: the configuration, and what else is told of their model.
+
+    Raises:
+        CheckpointError: a file is missing, or the JSON file damaged or of something else.
+    """
     beside = path.with_suffix(".json")
     for file in (path, beside):
         if not file.is_file():
             raise CheckpointError(f"got no file {file}; weights and the JSON file beside them belong together")
     record = parse(beside)
-    configuration = record.get("configuration")
-    if not isinstance(configuration, dict) or "sha256" not in record:
+    if not isinstance(record.get("configuration"), dict) or "sha256" not in record:
         raise CheckpointError(f"got {beside}, which does not tell of weights; give the one that was exported with them")
-    return resolve(configuration), read_weights(path)
+    return record
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

@@ -29,6 +29,7 @@ from pathline import __version__
 from pathline.core.errors import CheckpointError, InputError, PathlineError
 from pathline.core.sections import Ema
 from pathline.training import checkpoints
+from pathline.training.described import KEPT
 from pathline.training.ema import exponent
 from pathline.training.exported import digest
 from pathline.training.manifest import sync
@@ -211,7 +212,7 @@ def _record(found: Reconstruction, weights: Path) -> dict[str, Any]:
         "updates": found.state["updates"],
         "residual": found.residual,
         "snapshots": {path.name: of_tracks for path, of_tracks in found.weights.items()},
-        **{key: found.state[key] for key in ("configuration", "data", "statistics") if key in found.state},
+        **{key: found.state[key] for key in KEPT if key in found.state},
     }
 
 
