@@ -3,8 +3,23 @@
 from pathline.data.base import Batch, Dataset, registry
 from pathline.data.digits import Digits
 from pathline.data.latents import Latents
+from pathline.data.layouts import Edm2, FastDit, LightningDit, Repa
 from pathline.data.synthetic import Synthetic
 
 register, build, names = registry.register, registry.build, registry.names
 
-__all__ = ["Batch", "Dataset", "Digits", "Latents", "Synthetic", "build", "names", "register", "registry"]
+__all__ = [
+    "Batch",
+    "Dataset",
+    "Digits",
+    "Edm2",
+    "FastDit",
+    "Latents",
+    "LightningDit",
+    "Repa",
+    "Synthetic",
+    "build",
+    "names",
+    "register",
+    "registry",
+]

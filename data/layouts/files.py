@@ -1,0 +1,74 @@
+"""Samples in a file each: read by several threads, and held to the shape of the first."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pathline.core.errors import DataError, InputError, InputTypeError
+from pathline.data.layouts.stores import Store
+
+__all__ = ["check_workers", "hash_of_files", "read_all"]
+
+
+def read_all(
+    read: Callable[[str], NDArray[Any]], names: Sequence[str], shape: Sequence[int], store: Store, workers: int
+) -> Tensor:
+    """Read a file a sample.
+
+    Args:
+        read: of a name, the array.
+        names: N files.
+        shape: that each must have, S.
+        store: where they lie, for errors.
+        workers: threads that read; 1 reads in the caller's.
+
+    Returns:
+        (N, *S), of the type of the first.
+
+    Raises:
+        DataError: a file of another shape or type; names it.
+    """
+    if workers == 1 or len(names) < 2:
+        arrays = [read(name) for name in names]
+    else:
+        with ThreadPoolExecutor(workers) as pool:  # for each batch anew: threads outlive neither a fork nor the data
+            arrays = list(pool.map(read, names, chunksize=-(-len(names) // workers)))
+    for name, array in zip(names, arrays, strict=True):
+        if array.shape != tuple(shape) or array.dtype != arrays[0].dtype:
+            raise DataError(
+                f"got {store.root / name} of shape {array.shape} and type {array.dtype}, expected {tuple(shape)} and "
+                f"{arrays[0].dtype} as of the others; make it anew"
+            )
+    return torch.from_numpy(np.stack(arrays)) if arrays else torch.empty(0, *shape)
+
+
+def check_workers(workers: Any) -> int:
+    """Return the number of threads.
+
+    Raises:
+        InputError: below 1.
+        InputTypeError: no whole number.
+    """
+    if type(workers) is not int:
+        raise InputTypeError(f"got workers {workers!r}, expected a whole number of threads")
+    if workers < 1:
+        raise InputError(f"got workers {workers}, expected 1 or more threads")
+    return workers
+
+
+def hash_of_files(store: Store, names: Iterable[str], labels: Tensor | None = None) -> str:
+    """Return the SHA-256 of the names and sizes of files, and of labels (N,) if given; contents are not read."""
+    found = hashlib.sha256()
+    for name in names:
+        found.update(f"{name}\0{store.sizes[name]}\n".encode())
+    if labels is not None:
+        found.update(labels.numpy().astype("<i8").tobytes())
+    return found.hexdigest()
