@@ -48,6 +48,7 @@ class Latents(Dataset):
     """Random latents (4, side, side) of ten classes, in memory: as quick to read as data can be."""
 
     num_classes = 10
+    in_memory = True
 
     def __init__(self, side: int, count: int = 512) -> None:
         self.shape = (4, side, side)

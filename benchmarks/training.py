@@ -151,8 +151,7 @@ def split(trainer: Trainer, steps: int) -> tuple[dict[str, float], float]:
     state, device = trainer.state, trainer.fabric.device
     watch, first = Stopwatch(Clock(device), int(device.type == "cpu")), state.step
     places: list[tuple[str, Any, str]] = [
-        *(("data", state.parts.dataset, name) for name in ("indices_at", "batch")),
-        ("data", step, "send"),
+        ("data", state.loader, "take"),
         *(("draws", Draws, name) for name in ("normal", "uniform")),
         ("forward", Objective, "__call__"),
         ("backward", state.fabric, "backward"),

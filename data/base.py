@@ -31,6 +31,8 @@ class Dataset(ABC):
         shape: (C, H, W) of one sample.
         num_classes: number of class labels, 0 without labels.
         data_are_images: whether ``data`` are images with values in [−1, 1], which encoders take; latents are none.
+        in_memory: whether the values lie in memory, so that training picks them where it stands; what has to be read or
+            decoded is loaded ahead, by a thread.
         latents_of: manifest of the autoencoder whose latents ``data`` are, with its scaling; None if they are none, or
             if that is not known.
     """
@@ -38,6 +40,7 @@ class Dataset(ABC):
     shape: tuple[int, int, int]
     num_classes: int
     data_are_images: bool = True
+    in_memory: bool = False
     latents_of: Mapping[str, Any] | None = None
 
     @abstractmethod

@@ -6,7 +6,7 @@ import gc
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -137,7 +137,8 @@ class Trainer:
             DivergedError: roll-backs did not help.
             ProcessError: another process is gone.
         """
-        with self.claimed(), garbage_on_schedule(), Signals() as signals, losses_named(), self._writing():
+        loading = closing(self.state.loader)
+        with self.claimed(), garbage_on_schedule(), Signals() as signals, losses_named(), loading, self._writing():
             with self.state.window.spending("other"):
                 self.state.describe()  # at the first checkpoint it would hold up training
             self._loop(signals)

@@ -18,10 +18,12 @@ from pathline.core.errors import CheckpointError
 from pathline.core.sections import Train
 from pathline.training import checkpoints, sharded
 from pathline.training.checkpoints import Snapshot, check_tensors
+from pathline.training.described import samples_of
 from pathline.training.devices import Agreement
 from pathline.training.ema import Averages
 from pathline.training.exported import read_weights
 from pathline.training.guard import Guard
+from pathline.training.loading import Loader, Stream
 from pathline.training.network import checkpoint_activations, compile_units, shard
 from pathline.training.optim import Optimizers
 from pathline.training.parts import Parts
@@ -34,7 +36,7 @@ FREE = (
     "train.stop_at train.folder train.threads train.accelerator train.devices train.num_nodes train.strategy "
     "train.micro_batch train.initialize_from train.activation_checkpointing train.compile train.timeout "
     "train.collect_garbage_every guard.rollback_after guard.max_rollbacks ema.snapshot_every "
-    "log. checkpoint. solver. guidance sample."
+    "log. checkpoint. solver. guidance sample. autoencoder evaluation."
 ).split()
 COUNTERS = ("step", "passed", "skipped", "streak", "rollbacks", "rolled_to")
 MAPPINGS = ("scaler", "guard", "averages", "window", "configuration", "data")
@@ -58,6 +60,7 @@ class State:
         rolled_to: step of that checkpoint.
         module: the network as one calls it in training.
         network: the network itself.
+        loader: of the batches.
     """
 
     def __init__(self, parts: Parts, fabric: Fabric, agreement: Agreement) -> None:
@@ -83,6 +86,9 @@ class State:
         self.optimizers = Optimizers(self.network, configuration.optim)
         self.guard = Guard(fabric.device, configuration.guard)
         self.window = Window(fabric, agreement, configuration.log.time_bins)
+        share = train.global_batch // fabric.world_size
+        stream = Stream(train.seed, train.global_batch, share, train.micro_batch or share, fabric.global_rank)
+        self.loader = Loader(parts.dataset, stream, fabric.device)
         self._described: dict[str, Any] | None = None
 
     @property
@@ -105,6 +111,7 @@ class State:
             self._described = {
                 "data": self.agreement.first(lambda: dataset.manifest),
                 "statistics": self.agreement.first(lambda: dataset.statistics),
+                "samples": samples_of(dataset),
             }
         return self._described
 

@@ -10,9 +10,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pathline.core.draws import Draws, send
 from pathline.data import Batch
 from pathline.training.guard import clipped_norm
+from pathline.training.loading import Visit
 from pathline.training.optim import learning_rate
 from pathline.training.state import State
 
@@ -25,32 +25,27 @@ def take_step(state: State) -> None:
     Each device takes its part of the global batch, in micro-batches whose gradients add up; gradients are reduced over
     devices once, with the last of them.
     """
-    fabric, train = state.fabric, state.parts.configuration.train
-    share = train.global_batch // fabric.world_size
-    first = state.position + fabric.global_rank * share
-    micro = train.micro_batch or share
+    fabric, visits = state.fabric, state.loader.stream.visits(state.step + state.passed)
     ddp = state.module._forward_module
     if isinstance(ddp, DistributedDataParallel):
         ddp.reducer._rebuild_buckets()  # else when the network is called, which may be within torch.func.jvp
     parts = []  # of the loss, and of the samples that cannot be used
-    for start in range(first, first + share, micro):
-        positions = range(start, min(start + micro, first + share))
-        with fabric.no_backward_sync(state.module, enabled=positions.stop < first + share):
-            parts.append(_accumulate(state, positions, len(positions) / share))
+    for visit in visits:
+        with fabric.no_backward_sync(state.module, enabled=visit != visits[-1]):
+            parts.append(_accumulate(state, visit))
     sums = reduce(torch.add, parts)
     if fabric.world_size > 1:
         dist.all_reduce(sums)  # Fabric's own would first wait for the other processes, and so for the devices
         sums /= fabric.world_size
-    _commit(state, first, sums)
+    _commit(state, visits[0].positions.start, sums)
 
 
-def _accumulate(state: State, positions: range, share: float) -> Tensor:
-    """Add the gradient of the samples at these positions of the training stream; return their part of the sums."""
-    parts, fabric, seed = state.parts, state.fabric, state.parts.configuration.train.seed
-    draws = Draws(seed).at(positions, step=state.step + state.passed)
+def _accumulate(state: State, visit: Visit) -> Tensor:
+    """Add the gradient of a visit's samples; return their part of the sums."""
+    parts, stream = state.parts, state.loader.stream
+    share = len(visit.positions) / stream.share
     with state.window.spending("data"):
-        loaded = parts.dataset.load(parts.dataset.indices_at(positions, seed), draws)
-        batch = parts.dataset.finish({name: send(values, fabric.device) for name, values in loaded.items()}, draws)
+        batch = state.loader.take(visit)
     # what is not finite is left out of the network and makes the guard skip the step
     data, usable = _finite(batch["data"])
     features = []
@@ -59,9 +54,9 @@ def _accumulate(state: State, positions: range, share: float) -> Tensor:
         features.append(finite)
         usable = usable * whole
     given = parts.conditions(batch["label"])
-    loss = parts.objective(_called(state), data, draws, features=features, **given)
+    loss = parts.objective(_called(state), data, stream.draws(visit), features=features, **given)
     total = loss.total if share == 1 else loss.total * share
-    fabric.backward(total)
+    state.fabric.backward(total)
     state.window.add_batch(loss, usable)
     return torch.stack((total.detach(), (1 - usable).sum()))
 

@@ -45,6 +45,7 @@ class Digits(Dataset):
 
     shape = (1, 8, 8)
     num_classes = 10
+    in_memory = True
 
     def __init__(self, split: Literal["train", "held-out", "all"] = "train") -> None:
         if split not in list(_SPLITS):  # a list, so that what cannot be hashed is refused as well
