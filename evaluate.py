@@ -207,10 +207,12 @@ def _options(words: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 
 def _device(given: argparse.Namespace) -> torch.device:
+    if given.device is None:
+        return Fabric(accelerator="auto", devices=1).device
     try:
-        return Fabric(accelerator="auto", devices=1).device if given.device is None else torch.device(given.device)
-    except RuntimeError as error:
-        raise ConfigurationError(f"got device {given.device!r}: {str(error).splitlines()[0]}") from error
+        return torch.empty(0, device=given.device).device
+    except (RuntimeError, AssertionError) as error:  # the second is torch's word for a build without CUDA
+        raise ConfigurationError(f"got device {given.device!r}, which is not here; leave it out, or use cpu") from error
 
 
 # --- models ----------------------------------------------------------------------------------------------------------

@@ -74,11 +74,12 @@ def measure_samples(evaluation: Evaluation, samples: Samples, count: int, batch:
     Raises:
         DataError: samples that do not fit the reference or a metric; the file is named.
     """
+    done = 0
     try:
-        shown = tqdm(total=count, desc=samples.path.name, unit="sample", disable=None, leave=False)
-        with shown:
+        with tqdm(total=count, desc=samples.path.name, unit="sample", disable=None, leave=False) as shown:
             for images, labels in samples.batches(batch, count):
-                evaluation.update(images, labels, torch.arange(shown.n, shown.n + len(images)))
+                evaluation.update(images, labels, torch.arange(done, done + len(images)))
+                done += len(images)
                 shown.update(len(images))
         return evaluation.compute()
     except InputError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
@@ -227,7 +227,7 @@ def differences(results: Sequence[Result]) -> list[str]:
     for head, facts in (("not comparable: another", BROKEN), ("drawn differently: another", DIFFERENT)):
         for what, read in facts.items():
             lines += _told(f"{head} {what}", [(n, read(result)) for n, result in zip(names, results, strict=True)])
-    return lines
+    return list(dict.fromkeys(lines))
 
 
 def _told(head: str, values: Sequence[tuple[str, Any]]) -> Iterator[str]:
@@ -236,16 +236,23 @@ def _told(head: str, values: Sequence[tuple[str, Any]]) -> Iterator[str]:
     for name, value in values:
         groups.setdefault(json.dumps(value, sort_keys=True), (value, []))[1].append(name)
     if len(groups) > 1:
-        told = (f"{_shown(value)} in {', '.join(names)}" for value, names in groups.values())
+        found = [value for value, _ in groups.values()]
+        alike = {key for key, value in _items(found[0]) if all((key, value) in _items(other) for other in found)}
+        told = (f"{_shown(value, alike)} in {', '.join(names)}" for value, names in groups.values())
         yield f"{head}: {'; '.join(told)}"
 
 
-def _shown(value: Any) -> str:
-    """Return a value in few words: hashes by their first digits."""
+def _items(value: Any) -> list[tuple[str, Any]]:
+    return list(value.items()) if isinstance(value, dict) else []
+
+
+def _shown(value: Any, alike: Collection[str] = ()) -> str:
+    """Return a value in few words: hashes by their first digits, of tables the name and what is not alike."""
     if value in (None, {}, []):
-        return "unknown" if value is None or value == {} else "none"
+        return "none" if value == [] else "unknown"
     if isinstance(value, dict):
-        return " ".join([str(value.get("name", "")), *(f"{k}={_shown(v)}" for k, v in value.items() if k != "name")])
+        others = (f"{key}={_shown(item)}" for key, item in value.items() if key != "name" and key not in alike)
+        return " ".join([*([str(value["name"])] if "name" in value else ()), *others]) or "the rest"
     if isinstance(value, list):
         return ", ".join(map(_shown, value))
     return f"{value[:12]}…" if isinstance(value, str) and len(value) == 64 else str(value)
