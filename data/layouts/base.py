@@ -68,13 +68,8 @@ class StoredLatents(Dataset):
     name: str
 
     @abstractmethod
-    def _stored(self, index: NDArray[np.int64], flipped: NDArray[np.bool_] | None = None) -> Batch:
-        """Return ``data`` (N, C or 2C, H, W) as stored and ``label`` (N,), and ``image`` uint8 where asked for.
-
-        Args:
-            index: (N,) of existing samples.
-            flipped: (N,) whether the mirrored copy is meant; None without such.
-        """
+    def _stored(self, index: NDArray[np.int64]) -> Batch:
+        """Return ``data`` (N, C or 2C, H, W) as stored and ``label`` (N,), and ``image`` uint8 where asked for."""
 
     def batch(self, indices: Indices) -> Batch:
         """Return scaled latents, of moments the scaled mean, labels and indices, and images if they were asked for."""

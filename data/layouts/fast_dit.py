@@ -72,13 +72,13 @@ class FastDit(StoredLatents):
         if wrong:
             raise DataError(f"got {few(wrong)} in {self._features.root} of another size than {self._names[0]}")
 
-    def _stored(self, index: NDArray[np.int64], flipped: NDArray[np.bool_] | None = None) -> Batch:
-        del flipped
+    def _stored(self, index: NDArray[np.int64]) -> Batch:
         files = [self._names[row] for row in index]
-        values = read_all(self._latent, files, self.shape, self._features, self._workers)
+        values = read_all(self._latent, files, self._features.root.joinpath, self.shape, self._workers)
         if not self.num_classes:
             return {"data": values, "label": torch.zeros(len(files), dtype=torch.int64)}
-        label = read_all(partial(_label, self._labels, self.num_classes), files, (), self._labels, self._workers)
+        read = partial(_label, self._labels, self.num_classes)
+        label = read_all(read, files, self._labels.root.joinpath, (), self._workers)
         return {"data": values, "label": label.long()}
 
     def _latent(self, name: str) -> NDArray[np.generic]:

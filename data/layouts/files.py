@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,34 +17,40 @@ from pathline.data.layouts.stores import Store
 
 __all__ = ["check_workers", "hash_of_files", "read_all"]
 
+Item = TypeVar("Item")
+
 
 def read_all(
-    read: Callable[[str], NDArray[Any]], names: Sequence[str], shape: Sequence[int], store: Store, workers: int
+    read: Callable[[Item], NDArray[Any]],
+    items: Sequence[Item],
+    name: Callable[[Item], object],
+    shape: Sequence[int],
+    workers: int,
 ) -> Tensor:
-    """Read a file a sample.
+    """Read a sample an item.
 
     Args:
-        read: of a name, the array.
-        names: N files.
-        shape: that each must have, S.
-        store: where they lie, for errors.
+        read: of an item, the array.
+        items: N, as names of files.
+        name: of an item, for errors.
+        shape: that each array must have, S.
         workers: threads that read; 1 reads in the caller's.
 
     Returns:
         (N, *S), of the type of the first.
 
     Raises:
-        DataError: a file of another shape or type; names it.
+        DataError: a sample of another shape or type; names it.
     """
-    if workers == 1 or len(names) < 2:
-        arrays = [read(name) for name in names]
+    if workers == 1 or len(items) < 2:
+        arrays = [read(item) for item in items]
     else:
         with ThreadPoolExecutor(workers) as pool:  # for each batch anew: threads outlive neither a fork nor the data
-            arrays = list(pool.map(read, names, chunksize=-(-len(names) // workers)))
-    for name, array in zip(names, arrays, strict=True):
+            arrays = list(pool.map(read, items))
+    for item, array in zip(items, arrays, strict=True):
         if array.shape != tuple(shape) or array.dtype != arrays[0].dtype:
             raise DataError(
-                f"got {store.root / name} of shape {array.shape} and type {array.dtype}, expected {tuple(shape)} and "
+                f"got {name(item)} of shape {array.shape} and type {array.dtype}, expected {tuple(shape)} and "
                 f"{arrays[0].dtype} as of the others; make it anew"
             )
     return torch.from_numpy(np.stack(arrays)) if arrays else torch.empty(0, *shape)

@@ -87,16 +87,18 @@ class LightningDit(StoredLatents):
     def load(self, indices: Indices, draws: BoundDraws) -> Batch:
         """Return latents as they are stored, of the image or of the flipped image, with labels and indices."""
         index = as_indices(indices, len(self))
-        flipped = draws.uniform("flip").reshape(-1).numpy() < 0.5 if self.flip else None
-        return {**self._stored(index.numpy(), flipped), "index": index}
+        flipped = draws.uniform("flip").reshape(-1).numpy() < 0.5 if self.flip else np.zeros(len(index), bool)
+        return {**self._rows(index.numpy(), flipped), "index": index}
 
-    def _stored(self, index: NDArray[np.int64], flipped: NDArray[np.bool_] | None = None) -> Batch:
+    def _stored(self, index: NDArray[np.int64]) -> Batch:
+        return self._rows(index, np.zeros(len(index), bool))
+
+    def _rows(self, index: NDArray[np.int64], flipped: NDArray[np.bool_]) -> Batch:
         taken = torch.empty(len(index), *self.shape, dtype=self._columns[False][0].dtype)
         holders = np.searchsorted(self._ends, index, side="right")
-        mirrored = np.zeros(len(index), bool) if flipped is None else flipped
         for number in np.unique(holders):
             for side in (False, True):
-                chosen = np.flatnonzero((holders == number) & (mirrored == side))
+                chosen = np.flatnonzero((holders == number) & (flipped == side))
                 if len(chosen):
                     rows = self._columns[side][number]
                     taken[torch.from_numpy(chosen)] = rows.take(index[chosen] - self._ends[number] + len(rows.bytes))
@@ -176,6 +178,8 @@ def _read_statistics(path: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
         if max(size, path.stat().st_size) > _LIMIT:
             raise DataError(f"got {path} of {size} bytes, expected {_LIMIT} or less; it holds no two numbers a channel")
         told = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(told, dict):
+            raise TypeError(f"a {type(told).__name__}")
         mean, std = (_numbers(told[key].double().flatten().tolist()) for key in ("mean", "std"))
     except DataError:
         raise

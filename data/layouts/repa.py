@@ -64,10 +64,10 @@ class MomentTree(StoredLatents):
     def __len__(self) -> int:
         return len(self._files)
 
-    def _stored(self, index: NDArray[np.int64], flipped: NDArray[np.bool_] | None = None) -> Batch:
-        del flipped
+    def _stored(self, index: NDArray[np.int64]) -> Batch:
         files = [self._files[row] for row in index]
-        values = read_all(partial(read_moments, self._store), files, self._moments_shape, self._store, self.workers)
+        read = partial(read_moments, self._store)
+        values = read_all(read, files, self._store.root.joinpath, self._moments_shape, self.workers)
         return {"data": values, "label": self._labels[torch.from_numpy(index)]}
 
     @cached_property
@@ -120,11 +120,12 @@ class Repa(MomentTree):
             self._picture_files = [pictures[number] for number in self._names]
             self._image_shape = read_image(self._pictures, self._picture_files[0]).shape
 
-    def _stored(self, index: NDArray[np.int64], flipped: NDArray[np.bool_] | None = None) -> Batch:
-        batch = super()._stored(index, flipped)
+    def _stored(self, index: NDArray[np.int64]) -> Batch:
+        batch = super()._stored(index)
         return {**batch, "image": self._image(index)} if self.images else batch
 
     def _image(self, index: NDArray[np.int64]) -> Tensor:
         assert self._pictures is not None  # they were asked for
         files = [self._picture_files[row] for row in index]
-        return read_all(partial(read_image, self._pictures), files, self._image_shape, self._pictures, self.workers)
+        read = partial(read_image, self._pictures)
+        return read_all(read, files, self._pictures.root.joinpath, self._image_shape, self.workers)
