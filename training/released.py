@@ -16,6 +16,7 @@ from pathline.core.errors import ConfigurationError, suggest
 from pathline.core.foreign import PICKLED, read_named
 from pathline.core.layouts import Defect, WeightFamily
 from pathline.core.sections import Section, Text
+from pathline.training.described import Described
 from pathline.training.exported import digest
 
 __all__ = ["RELEASED_WORDS", "Released", "ReleasedConfiguration", "Weights", "is_released", "read_released"]
@@ -49,10 +50,19 @@ class ReleasedConfiguration(Configuration):
 
 
 class Filled:
-    """Weights on their way into a network: ``fill(backbone)``."""
+    """Weights on their way into a network: ``fill(backbone)``.
 
-    def __init__(self, state: weights.State, family: WeightFamily) -> None:
+    Attributes:
+        data: what is known of those that the model makes: images where they have one channel or three, unless an
+            autoencoder is given that decodes them.
+    """
+
+    def __init__(self, state: weights.State, family: WeightFamily, configuration: Configuration) -> None:
         self.state, self.family = state, family
+        shape, classes = configuration.data["shape"], configuration.data["num_classes"]
+        images = shape[0] in (1, 3) and configuration.autoencoder is None
+        told = {"shape": shape, "num_classes": classes, "data_are_images": images, "latents_of": None}
+        self.data = Described({"samples": told})
 
     def __call__(self, backbone: nn.Module) -> None:
         """Load them; raises WeightsError where they do not fit."""
@@ -89,7 +99,7 @@ def read_released(path: Path, words: Sequence[str]) -> tuple[ReleasedConfigurati
     filled = resolve(_with_defects(entries, defects))
     weights.check_fit(filled.backbone, state, family)
     released = Released(**{**dict(wanted), "family": family.name, "key": key}, file=path.name, sha256=digest(path))
-    return ReleasedConfiguration(**{**dict(filled), "weights": released}), Filled(state, family)
+    return ReleasedConfiguration(**{**dict(filled), "weights": released}), Filled(state, family, filled)
 
 
 def _checked(given: Any) -> Weights:

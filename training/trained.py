@@ -17,6 +17,7 @@ from pathline.core.errors import CheckpointError, ConfigurationError, PathlineEr
 from pathline.core.flow import Flow
 from pathline.core.foreign import PICKLED
 from pathline.training import checkpoints
+from pathline.training.described import Described, read_trained
 from pathline.training.exported import load_exported
 from pathline.training.manifest import SUFFIX, parse
 from pathline.training.parts import Parts, build
@@ -24,18 +25,31 @@ from pathline.training.released import RELEASED_WORDS, is_released, read_release
 
 __all__ = ["average_of", "find", "identity", "load"]
 
-_WORDS = ("sample.", "solver.", "solver=", "guidance.", "guidance=", "train.threads=", "data.")
+_WORDS = (
+    "sample.",
+    "solver.",
+    "solver=",
+    "guidance.",
+    "guidance=",
+    "train.threads=",
+    "train.tf32=",
+    "data.",
+    "autoencoder.",
+    "autoencoder=",
+)
 
 
 def load(path: Path, words: Sequence[str]) -> tuple[Configuration, Parts]:
     """Return the configuration of a trained model with words applied, and its components with the averaged weights.
 
     Where guidance names a weak model, as a run's folder, a checkpoint or exported weights, its averaged weights are
-    loaded too, and the configuration names where they lie.
+    loaded too, and the configuration names where they lie. The data that it was trained on are looked for only where
+    older checkpoints do not tell of them, or words name them.
 
     Args:
         path: a checkpoint, weights written by ``training.export``, or a file of another program.
-        words: as ``solver.steps=25``; for another program's file also ``weights.…`` and ``backbone.…``.
+        words: as ``solver.steps=25`` or ``autoencoder=sd-vae-ft-ema``; for another program's file also ``weights.…``
+            and ``backbone.…``.
 
     Raises:
         CheckpointError: damaged, or weights that do not fit.
@@ -50,13 +64,17 @@ def load(path: Path, words: Sequence[str]) -> tuple[Configuration, Parts]:
             )
     configuration: Configuration
     fill: Callable[[nn.Module], None]
+    data: Described | None
     if released:
-        configuration, fill = read_released(path, words)
+        configuration, filled = read_released(path, words)
+        fill, data = filled, filled.data
     else:
-        configuration = resolve(overrides.apply(_trained_configuration(path).model_dump(mode="json"), words))
+        trained = read_trained(path)
+        configuration = resolve(overrides.apply(trained.configuration.model_dump(mode="json"), words))
         fill = partial(_load_average, path=path, configuration=configuration)
+        data = None if any(word.startswith("data.") for word in words) else trained.data
     configuration, loaded = _with_weak_models(configuration)
-    parts = replace(build(loaded, training=False), configuration=configuration)
+    parts = replace(build(loaded, training=False, data=data), configuration=configuration)
     fill(parts.backbone)
     return configuration, parts
 
@@ -79,7 +97,7 @@ def find(model: Path, warn: Callable[[str], None]) -> Path:
 
 def _trained_configuration(path: Path) -> Configuration:
     """Return the configuration that a verified checkpoint, or the file beside exported weights, holds."""
-    return load_exported(path)[0] if path.is_file() else resolve(checkpoints.read_state(path)["configuration"])
+    return read_trained(path).configuration
 
 
 def _with_weak_models(configuration: Configuration) -> tuple[Configuration, Configuration]:
@@ -110,7 +128,7 @@ def _find_weak(model: Path) -> Path:
 
 def _weak_flow(path: Path) -> Flow:
     """Return the flow of a model's averaged weights, on the path that it was trained on."""
-    trained = _trained_configuration(path)
+    trained = read_trained(path).configuration
     interpolant = interpolants.build(trained.interpolant)
     objective = objectives.build(trained.objective, interpolant=interpolant)
     backbone = backbones.build(trained.backbone)
@@ -136,5 +154,5 @@ def identity(path: Path, average: str | None = None) -> dict[str, str]:
     if path.is_file():
         record = parse(path.with_suffix(".json"))
         return {"name": path.name, "average": str(record.get("average")), "weights_sha256": str(record["sha256"])}
-    average = average or average_of(_trained_configuration(path))
+    average = average or average_of(read_trained(path).configuration)
     return {"name": path.name, "average": average, "weights_sha256": checkpoints.hash_of(path, average)}

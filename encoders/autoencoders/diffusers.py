@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 from pathline.core.errors import InputError, InputTypeError
 from pathline.encoders.autoencoders.base import Autoencoder, Moments, registry
@@ -83,7 +83,7 @@ class DiffusersAutoencoder(Autoencoder):
         if given is not None and self.kind.own_statistics(network):
             raise InputError(f"got latents_mean for {model}, which brings statistics of its own; leave it out")
         scaling = given or self.kind.scaling(network, self.channels)
-        self.network = network.to(TYPES[dtype])
+        self.network = nn.Module.to(network, TYPES[dtype])  # its own warns of nothing
         for key, values in (("mean", scaling.mean), ("std", scaling.std)):
             self.register_buffer(key, torch.tensor(values)[:, None, None], persistent=False)
         self.requires_grad_(False).train()
