@@ -2,8 +2,10 @@
 
 from pathline.data.base import Batch, Dataset, registry
 from pathline.data.digits import Digits
+from pathline.data.images import Images
 from pathline.data.latents import Latents
 from pathline.data.layouts import Edm2, FastDit, LightningDit, Repa
+from pathline.data.prepared import Prepared
 from pathline.data.synthetic import Synthetic
 
 register, build, names = registry.register, registry.build, registry.names
@@ -14,8 +16,10 @@ __all__ = [
     "Digits",
     "Edm2",
     "FastDit",
+    "Images",
     "Latents",
     "LightningDit",
+    "Prepared",
     "Repa",
     "Synthetic",
     "build",

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pathline.core.errors import DataError
 
-__all__ = ["BYTES", "FLOATS", "INTEGERS", "PREPARED", "Mapped", "Packed", "Rows", "files_in", "read"]
+__all__ = ["BYTES", "FLOATS", "INTEGERS", "PREPARED", "Mapped", "Packed", "Rows", "files_in", "hash_of", "read"]
 
 PREPARED = "pathline packed"  # how files of pathline.data.prepare tell of themselves, with a version
 _HEADER_LIMIT = 2**20  # bytes; a header of five tensors takes a few hundred
@@ -188,6 +188,12 @@ def files_in(path: Path) -> list[Path]:
             "*.safetensors files"
         )
     return files
+
+
+def hash_of(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read(path: Path, num_classes: int, with_images: bool) -> Packed:

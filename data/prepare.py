@@ -1,0 +1,332 @@
+"""Prepare images for training: ``python -m pathline.data.prepare SOURCE OUTPUT --resolution 256 [options]``.
+
+Latents of an autoencoder, or pixels, with labels and, if asked for, encoder features, packed in shards beside a
+``manifest.json``; training reads the folder as data ``prepared``. What a shard holds is a function of the request
+alone, whatever the number of processes: a command that was interrupted, or killed at any point, is given again and
+goes on.
+
+R side of the images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import PIL
+import torch
+import yaml
+from lightning_fabric import Fabric
+from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning_fabric.strategies.ddp import DDPStrategy
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+from lightning_fabric.utilities.rank_zero import rank_zero_only
+
+from pathline import encoders
+from pathline.core.errors import ConfigurationError, DataError, PathlineError, ProcessError
+from pathline.core.registry import Registry
+from pathline.data import sources
+from pathline.data.crop import CROP
+from pathline.data.prepare_encoding import Encoding
+from pathline.data.prepare_images import chosen_images
+from pathline.data.prepare_manifest import Manifest, Request
+from pathline.data.prepare_shards import Folder
+from pathline.data.prepare_work import Work
+from pathline.data.sources import ImageSource
+from pathline.encoders import Encoder, autoencoders
+from pathline.encoders.autoencoders import Autoencoder
+
+__all__ = ["Options", "main", "prepare"]
+
+TOGETHER = 16  # images encoded at once: always the same ones, so that no bit depends on the processes
+LOST, INTERRUPTED = 70, 75  # exit codes, those of training
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is asked for beside source, autoencoder and encoders.
+
+    Attributes:
+        resolution: side R of the images.
+        flip: whether the mirror image is encoded as well.
+        images: whether pixels are stored beside latents.
+        rows_per_shard: images of a shard.
+        dtype: of stored latents.
+        seed: of the choice that ``limit`` makes.
+        limit: number of images to prepare; None for all.
+        on_error: ``stop`` at an image that cannot be read or stored, or ``drop`` it and write its name down.
+        licence: a note to keep with the data.
+    """
+
+    resolution: int
+    flip: bool = False
+    images: bool = False
+    rows_per_shard: int = 50_000
+    dtype: str = "float16"
+    seed: int = 0
+    limit: int | None = None
+    on_error: str = "stop"
+    licence: str | None = None
+
+    def check(self, *, pixels: bool) -> None:
+        """Raise ConfigurationError for values that cannot be, or have no effect."""
+        numbers = {"resolution": self.resolution, "rows-per-shard": self.rows_per_shard, "limit": self.limit}
+        for name, value in numbers.items():
+            if value is not None and value < 1:
+                raise ConfigurationError(f"got --{name} {value}, expected 1 or more")
+        if not 0 <= self.seed < 2**64:
+            raise ConfigurationError(f"got --seed {self.seed}, expected 0 <= seed < 2**64")
+        if pixels and (self.images or self.dtype != "float16"):
+            raise ConfigurationError(
+                f"got {'--images' if self.images else '--dtype ' + self.dtype} without an autoencoder: pixels are "
+                "stored then, in uint8; leave it out"
+            )
+
+
+def prepare(
+    source: ImageSource,
+    output: Path,
+    options: Options,
+    *,
+    autoencoder: Autoencoder | None = None,
+    features: Mapping[str, tuple[Mapping[str, Any], Encoder]] | None = None,
+    fabric: Fabric | None = None,
+    batch: int = 64,
+) -> Manifest:
+    """Prepare a source's images, or go on with what was begun; the folder is whole once it has a manifest.
+
+    Args:
+        source: of the images.
+        output: folder to write.
+        options: of what is written.
+        autoencoder: that encodes them; None for pixels.
+        features: encoders whose tokens are stored: by name their entries in a configuration, and themselves.
+        fabric: launched, of several processes; each takes shards of its own. None for this process alone.
+        batch: images that are decoded ahead of what is encoded.
+
+    Raises:
+        ConfigurationError: options that cannot be.
+        DataError: an image that cannot be read or stored, or a folder that belongs to something else.
+        InputError: a resolution that autoencoder or encoders do not take.
+        ProcessError: another process is gone.
+    """
+    fabric, given = fabric or Fabric(accelerator="cpu", devices=1), features or {}
+    options.check(pixels=autoencoder is None)
+    if not len(source):
+        raise DataError("got a source without images, expected some; check its path")
+    numbers = chosen_images(len(source), options.limit, options.seed)
+    request = _request(source, len(numbers), options, autoencoder, given, fabric.device.type)
+    folder = Folder(output, request)
+    if autoencoder is not None:
+        autoencoder.latent_shape(options.resolution)  # refuses one that it does not take
+        autoencoder.to(fabric.device)
+    encoding = Encoding(
+        None if autoencoder is None else autoencoder.moments,
+        {name: encoder.to(fabric.device) for name, (_, encoder) in given.items()},
+        flip=options.flip,
+        images=options.images,
+        dtype=options.dtype,
+        device=fabric.device,
+    )
+    return Work(source, numbers, request, encoding, folder, fabric, batch).run()
+
+
+def _request(
+    source: ImageSource,
+    count: int,
+    options: Options,
+    autoencoder: Autoencoder | None,
+    features: Mapping[str, tuple[Mapping[str, Any], Encoder]],
+    device: str,
+) -> Request:
+    libraries = {"pathline": version("pathline"), "torch": torch.__version__}
+    told = {
+        "source": source.manifest,
+        "count": count,
+        "limit": options.limit,
+        "seed": options.seed,
+        "resolution": options.resolution,
+        "crop": {"algorithm": CROP, "pillow": PIL.__version__},
+        "flip": options.flip,
+        "images": options.images,
+        "dtype": options.dtype,
+        "rows_per_shard": options.rows_per_shard,
+        "on_error": options.on_error,
+        "autoencoder": None if autoencoder is None else autoencoder.manifest,
+        "encoders": {name: {"component": entry, "encoder": it.manifest} for name, (entry, it) in features.items()},
+        "encoded_together": min(TOGETHER, getattr(autoencoder, "slices", TOGETHER)),
+        "device": device,
+        "licence": options.licence,
+        "creator": libraries,
+    }
+    return Request.model_validate(json.loads(json.dumps(told, default=dict)))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code: 0, 2 for a wrong input, 70 for a lost process, 75 if interrupted."""
+    given = _parser().parse_args(arguments)
+    try:
+        fabric = _launched(given.devices, given.accelerator)
+        manifest = _run(given, fabric)
+    except KeyboardInterrupt:
+        if _is_first():
+            print(
+                f"\ninterrupted; what is whole stays in {given.output}: give the command again to go on",
+                file=sys.stderr,
+            )
+        return INTERRUPTED
+    except (PathlineError, OSError) as error:
+        if _is_first():
+            print(f"error: {error}", file=sys.stderr)
+        return LOST if isinstance(error, ProcessError) else 2
+    if fabric.is_global_zero:
+        size = sum(shard.bytes for shard in manifest.shards) / 2**20
+        gone = f", {len(manifest.dropped):,} left out" if manifest.dropped else ""
+        print(f"{manifest.count:,} images{gone}: {len(manifest.shards)} shards in {given.output}, {size:,.1f} MiB")
+    return 0
+
+
+def _run(given: argparse.Namespace, fabric: Fabric) -> Manifest:
+    """Build what the command names, and prepare."""
+    if given.batch < 1:
+        raise ConfigurationError(f"got --batch {given.batch}, expected 1 or more")
+    _settle(fabric.device)
+    names = ("resolution", "flip", "images", "rows_per_shard", "dtype", "seed", "limit", "on_error", "licence")
+    options = Options(**{name: getattr(given, name) for name in names})
+    autoencoder = None if given.autoencoder is None else autoencoders.build(_component(given.autoencoder))
+    options.check(pixels=autoencoder is None)
+    features: dict[str, tuple[Mapping[str, Any], Encoder]] = {}
+    for text in given.encoder:
+        entry = _filled({"resolution": given.resolution, **_component(text)}, encoders.registry)
+        if entry["name"] in features:
+            raise ConfigurationError(f"got --encoder {entry['name']} twice, expected each once")
+        features[entry["name"]] = entry, encoders.build(entry)
+    return prepare(
+        _source(given.source),
+        given.output,
+        options,
+        autoencoder=autoencoder,
+        features=features,
+        fabric=fabric,
+        batch=given.batch,
+    )
+
+
+def _settle(device: torch.device) -> None:
+    """Let networks give the same bits on every process and machine of a kind."""
+    if device.type == "cpu":
+        torch.set_num_threads(1)  # sums are cut up by threads; --devices brings more cores to work
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
+
+
+def _launched(devices: int, accelerator: str) -> Fabric:
+    """Return Fabric with the processes that were asked for, or those that ``torchrun`` started.
+
+    Raises:
+        ConfigurationError: there are no such devices.
+        ProcessError: the others did not come.
+    """
+    nodes = 1
+    if TorchElasticEnvironment.detect():
+        devices = int(os.environ["LOCAL_WORLD_SIZE"])
+        nodes = int(os.environ["WORLD_SIZE"]) // devices
+    # processes only wait for one another, by way of the hosts: for as long as the slowest one takes
+    several = DDPStrategy(process_group_backend="gloo", timeout=timedelta(days=7))
+    try:
+        strategy = several if devices * nodes > 1 else "auto"
+        fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=nodes, strategy=strategy)
+        fabric.launch()
+    except (ValueError, MisconfigurationException) as error:
+        raise ConfigurationError(
+            f"got --devices {devices} --accelerator {accelerator}, of which Fabric says: {error}"
+        ) from error
+    except RuntimeError as error:
+        raise ProcessError(f"got no contact with the other processes: {error}; start all of them") from error
+    return fabric
+
+
+def _is_first() -> bool:
+    return not getattr(rank_zero_only, "rank", 0)
+
+
+def _component(text: str) -> dict[str, Any]:
+    """Return the component that ``name``, ``name,option=value,…`` or ``{name: …, option: value}`` means.
+
+    Raises:
+        ConfigurationError: something else.
+    """
+    try:
+        if text.lstrip().startswith("{"):
+            found = yaml.safe_load(text)
+        else:
+            name, *words = text.split(",")
+            pairs = [word.partition("=") for word in words]
+            if not all(key and equals for key, equals, _ in pairs):
+                raise ConfigurationError(f"got {text!r}, expected name,option=value,option=value")
+            found = {"name": name, **{key: yaml.safe_load(value) for key, _, value in pairs}}
+    except yaml.YAMLError as error:
+        raise ConfigurationError(f"got {text!r}, which is not YAML: {error}") from error
+    if not isinstance(found, dict) or not isinstance(found.get("name"), str):
+        raise ConfigurationError(f"got {text!r}, expected a name, or {{name: …, option: value}}")
+    return found
+
+
+def _filled(component: Mapping[str, Any], registry: Registry[Any]) -> dict[str, Any]:
+    """Return a component with the defaults of its options, as a configuration has it."""
+    known = registry.entry(component["name"]).options(component)
+    defaults = {name: option.default for name, option in known.items() if option.default is not option.empty}
+    return {**defaults, **component}
+
+
+def _source(text: str) -> ImageSource:
+    """Return the source that a path or a component means."""
+    if (not text.startswith("{") and "," not in text) or Path(text).exists():
+        return sources.build("folder", path=text)
+    return sources.build(_component(text))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pathline.data.prepare",
+        description="Pack images for training, as latents of an autoencoder or as pixels. A command that was "
+        "interrupted is given again, and goes on.",
+        epilog="Components are written as name, as name,option=value,option=value, or as {name: …, option: value}.",
+    )
+    add = parser.add_argument
+    add("source", help="folder or archive of images, or a component, as cifar,path=cifar-10-binary.tar.gz")
+    add("output", type=Path, help="folder to write, for data {name: prepared, path: OUTPUT}")
+    add("--resolution", type=int, required=True, help="side of the square that images are cropped to")
+    add("--autoencoder", metavar="COMPONENT", help="as sd-vae-ft-ema; without one, pixels are stored")
+    add(
+        "--encoder",
+        metavar="COMPONENT",
+        action="append",
+        default=[],
+        help="store its tokens, as of dinov2-b; repeatable",
+    )
+    add("--flip", action="store_true", help="encode the mirror image as well, for training to choose from")
+    add("--images", action="store_true", help="store pixels beside latents")
+    add("--batch", type=int, default=64, help="images decoded ahead (default 64); shards do not depend on it")
+    add("--rows-per-shard", type=int, default=50_000, help="images of a shard (default 50000)")
+    add("--devices", type=int, default=1, help="processes, each with a device of its own, or one core (default 1)")
+    add("--accelerator", default="auto", help="cpu, cuda or mps (default: the best there is)")
+    add("--dtype", choices=("float16", "bfloat16", "float32"), default="float16", help="of stored latents")
+    add("--limit", type=int, help="prepare this many images alone, chosen by --seed")
+    add("--seed", type=int, default=0, help="of the choice that --limit makes")
+    add("--on-error", choices=("stop", "drop"), default="stop", help="what an image that cannot be read or stored does")
+    add("--licence", help="a note to keep in the manifest")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
