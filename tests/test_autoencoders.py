@@ -491,3 +491,20 @@ def test_a_configuration_of_more_than_its_file_holds_is_refused_before_it_is_bui
     folder, _ = saved("AutoencoderKL")
     said = refusal(WeightsError, model=rewritten(folder, latent_channels=10**7))
     assert "values of its config.json; use another copy" in said
+
+
+def test_names_of_older_files_are_read(saved):
+    """Stable Diffusion's first autoencoders: attention under other names, and no field but what makes the network."""
+    folder, network = saved("AutoencoderKL", scaling_factor=0.18215)
+    weights, older = folder / "diffusion_pytorch_model.safetensors", {}
+    for key, value in load_file(weights).items():
+        for now, then in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+            key = key.replace(f".{now}.", f".{then}.")
+        older[key] = value
+    assert any("proj_attn" in key for key in older)
+    save_file(older, weights, metadata={"format": "pt"})
+    kept = {"_class_name": "AutoencoderKL", **BLOCKS, "latent_channels": 5}
+    (folder / "config.json").write_text(json.dumps(kept))
+    autoencoder = autoencoders.build("sd-vae-ft-ema", model=str(folder))
+    mean, _ = raw(network, images())
+    torch.testing.assert_close(autoencoder.to_model(autoencoder.moments(images()).mean), mean * 0.18215)
