@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidator
 
-__all__ = ["Checkpoint", "Ema", "Guard", "Log", "Optim", "Sample", "Section", "Train"]
+__all__ = ["Checkpoint", "Ema", "Evaluation", "Guard", "Log", "Optim", "Sample", "Section", "Train"]
 
 Positive = Annotated[int, Field(ge=1, strict=True)]
 Natural = Annotated[int, Field(ge=0, strict=True)]
@@ -164,7 +164,9 @@ class Sample(Section):
     """What ``sample.py`` draws; labels are balanced (i mod classes), random, none (the null label), or given.
 
     ``average`` names the average of the weights to draw with, as ``ema`` or ``ema-0.050``; None is the first. ``batch``
-    samples are solved at once, and ``decode_batch`` latents decoded.
+    samples are solved at once, and ``decode_batch`` latents decoded. More than ``shard`` samples, or those of several
+    ``devices``, are drawn in shards of that many, from which a killed drawing goes on; ``shards`` says whether they are
+    joined in the end, or kept.
     """
 
     count: Positive = 100
@@ -172,5 +174,34 @@ class Sample(Section):
     seed: Seed = 0
     batch: Positive = 250
     decode_batch: Positive = 32
+    devices: Positive = 1
+    shard: Positive = 1000
+    shards: Literal["join", "keep"] = "join"
     output: Text | None = None
     average: Text | None = None
+
+
+MetricSpec = Annotated[
+    Text | Annotated[dict[str, Any], Field(min_length=1)],
+    _expecting("a name, as fid or fd:MODEL, or {name: …, options}"),
+]
+
+
+class Evaluation(Section):
+    """What is drawn and measured in training ``every`` so many steps, and at its end; None draws nothing.
+
+    ``count`` samples by the run's solver and guidance, ``labels``, ``seed`` and ``batch`` as of ``sample``, are drawn
+    with each of ``averages``, or with the first one. ``metrics`` and ``reference`` are those of ``evaluate.py``;
+    without a reference samples are compared with the run's own data, their held-out half where they have one.
+    ``features`` holds options of feature spaces, as ``{inception: {weights: FILE}}``.
+    """
+
+    every: Positive | None = None
+    count: Annotated[int, Field(ge=2, strict=True)] = 1000
+    metrics: Annotated[tuple[MetricSpec, ...], Field(min_length=1)] = ("frechet",)
+    reference: Text | None = None
+    features: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    averages: tuple[Text, ...] = ()
+    labels: Labels = "balanced"
+    seed: Seed = 0
+    batch: Positive = 250

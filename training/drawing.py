@@ -1,74 +1,210 @@
-"""Samples drawn as the section ``sample`` asks for, and what is written down about them."""
+"""Samples drawn as the section ``sample`` asks for, and written down: at once, or shard by shard over the devices."""
 
 from __future__ import annotations
 
+import itertools
 import json
-from dataclasses import replace
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
+from einops import rearrange
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from tqdm.auto import tqdm
 
-from pathline.core.config import Configuration
-from pathline.training.parts import Parts
-from pathline.training.pictures import ROUNDING, save_grid, to_uint8
-from pathline.training.released import ReleasedConfiguration
-from pathline.training.sampling import Drawn, labels_of, moved, solve
-from pathline.training.trained import average_of, identity
+from pathline.core.errors import CheckpointError, ConfigurationError
+from pathline.training.manifest import parse
+from pathline.training.pictures import save_levels, shown
+from pathline.training.record import Order, digest
+from pathline.training.sampling import finished, moved, solved
+from pathline.training.shards import About, Shards
+from pathline.training.stored import sha256_of, write_npz, write_text
+from pathline.training.workers import Workers
 
-__all__ = ["draw", "save"]
-
-
-def draw(configuration: Configuration, parts: Parts, device: torch.device) -> Drawn:
-    """Draw the samples that the section ``sample`` asks for; sample i is a function of (seed, i)."""
-    wanted, network = configuration.sample, moved(parts, device)
-    labels = labels_of(wanted, range(wanted.count), getattr(network, "num_classes", 0))
-    drawn = solve(parts, network, labels, wanted.count, wanted.seed, wanted.batch)
-    return replace(drawn, labels=None) if wanted.labels == "none" else drawn
+__all__ = ["Stopped", "Written", "draw", "written"]
 
 
-def save(drawn: Drawn, configuration: Configuration, checkpoint: Path, output: Path, version: str) -> list[Path]:
-    """Write ``output`` (.npz: arr_0, and labels as arr_1), a picture and a record beside it; return their paths.
+class Stopped(Exception):
+    """A drawing was interrupted; says what is written."""
 
-    Images, of one or three channels, are uint8 NHWC; anything else is latents, float32 NCHW and without a picture.
+
+class Written(NamedTuple):
+    """What a drawing left.
+
+    Attributes:
+        paths: of samples, picture and record.
+        record: what is written down about it.
+        drawn: number of samples that were drawn just now; the others were there.
     """
-    output.parent.mkdir(parents=True, exist_ok=True)
-    images = _are_images(drawn)
-    arrays: dict[str, Any] = {"arr_0": to_uint8(drawn.x) if images else drawn.x.float().numpy()}
-    if drawn.labels is not None:
-        arrays["arr_1"] = drawn.labels.numpy()
-    np.savez(output, **arrays)
-    picture, record = output.with_suffix(".png"), output.with_suffix(".json")
-    if images:
-        save_grid(picture, drawn.x, drawn.labels)
-    record.write_text(json.dumps(_record(drawn, configuration, checkpoint, version), indent=1))
-    return [output, picture, record] if images else [output, record]
+
+    paths: list[Path]
+    record: dict[str, Any]
+    drawn: int
 
 
-def _are_images(drawn: Drawn) -> bool:
-    return drawn.x.shape[1] in (1, 3)
+def draw(order: Order, workers: Workers) -> Written:
+    """Draw and write what is asked for; sample i is a function of (seed, i), whoever draws it.
+
+    A few samples are drawn at once. Many, or by several processes, go to the folder ``<output>.shards`` first; what is
+    there already is not drawn again.
+
+    Raises:
+        ConfigurationError: more processes than shards.
+        DataError: another drawing lies where this one goes, or a shard is damaged.
+        SolverError: a sample became NaN or infinite.
+        Stopped: interrupted, with some shards written.
+    """
+    wanted = order.configuration.sample
+    if workers.count == 1 and wanted.count <= wanted.shard and wanted.shards == "join":
+        return _at_once(order, workers)
+    shards = Shards(_folder(order), wanted.count, wanted.shard)
+    if len(shards.ranges) < workers.count:
+        raise ConfigurationError(
+            f"sample.devices: got {workers.count} for {len(shards.ranges)} shards of {wanted.shard} samples; set "
+            f"sample.shard to {-(-wanted.count // workers.count)} or lower"
+        )
+    if there := workers.first(lambda: written(order)):
+        return there
+    missing = workers.first(lambda: shards.claim(order.request, order.differences))
+    try:
+        _draw_shards(order, shards, workers, missing[workers.rank :: workers.count])
+        return workers.first(lambda: _finish(order, shards, workers, missing))
+    except KeyboardInterrupt as error:
+        raise _stopped(order, shards) from error
+    finally:
+        shards.release()
 
 
-def _record(drawn: Drawn, configuration: Configuration, checkpoint: Path, version: str) -> dict[str, Any]:
-    c = configuration.model_dump(mode="json")
-    values = {"rounding": ROUNDING} if _are_images(drawn) else {"values": "latents, float32 (N, C, H, W)"}
-    weak = [identity(Path(item["weak"])) for item in configuration.guidance if "weak" in item]
-    return {
-        "version": version,
-        "checkpoint": c["weights"]
-        if isinstance(configuration, ReleasedConfiguration)
-        else identity(checkpoint, average_of(configuration)),
-        **({"weak_checkpoints": weak} if weak else {}),
-        "count": len(drawn.x),
-        "seed": c["sample"]["seed"],
-        "label_law": c["sample"]["labels"],
-        "solver": c["solver"],
-        "guidance": c["guidance"],
-        "nfe": drawn.nfe,
-        "block_evaluations": drawn.block_evaluations,
-        "seconds": round(drawn.seconds, 3),
-        **values,
-        "data": c["data"],
-        "configuration": c,
-    }
+def written(order: Order) -> Written | None:
+    """Return what an earlier drawing of the same samples left; None if there is none, or it was not finished."""
+    samples, _, told = _paths(order)
+    try:
+        record = parse(told)
+    except (OSError, CheckpointError):
+        return None
+    whole = samples.is_dir() or (samples.is_file() and samples.stat().st_size == record.get("bytes"))
+    same = record.get("request_sha256") == digest(order.request)
+    return Written([path for path in _paths(order) if path.exists()], record, 0) if same and whole else None
+
+
+def _folder(order: Order) -> Path:
+    return order.output.with_suffix(".shards")
+
+
+def _paths(order: Order) -> tuple[Path, Path, Path]:
+    """Return where samples, picture and record go."""
+    if order.configuration.sample.shards == "keep":
+        folder = _folder(order)
+        return folder, folder / "picture.png", folder / "record.json"
+    return order.output, order.output.with_suffix(".png"), order.output.with_suffix(".json")
+
+
+def _at_once(order: Order, workers: Workers) -> Written:
+    count = order.configuration.sample.count
+    with tqdm(total=count, desc="sampling", unit="sample") as progress:
+        samples, spent = _solve(order, moved(order.parts, workers.device), range(count), progress.update)
+    return _write(order, [samples], spent, workers, count)
+
+
+def _draw_shards(order: Order, shards: Shards, workers: Workers, mine: list[int]) -> None:
+    """Draw this process's shards; raises Stopped in all processes if one was interrupted."""
+    network, stopped = moved(order.parts, workers.device), 0
+    total = sum(len(shards.ranges[number]) for number in mine)
+    place = "sampling" if workers.count == 1 else f"sampling, device 1 of {workers.count}"
+    try:
+        with tqdm(total=total, desc=place, unit="sample", disable=workers.rank > 0) as progress:
+            for number in mine:
+                ids = shards.ranges[number]
+                samples, spent = _solve(order, network, ids, lambda n: _told(n, progress, shards, workers))
+                shards.write(number, samples, order.labels(ids) if order.labelled else None, spent)
+    except KeyboardInterrupt:
+        shards.stop()
+        stopped = 1
+    except BaseException:
+        shards.stop()
+        raise
+    if workers.largest(stopped):
+        raise _stopped(order, shards)
+
+
+def _told(count: int, progress: Any, shards: Shards, workers: Workers) -> None:
+    """Show that samples are drawn, and hear of the other processes."""
+    progress.update(count)
+    if shards.stopped or workers.orphaned:
+        raise KeyboardInterrupt
+
+
+def _stopped(order: Order, shards: Shards) -> Stopped:
+    count = order.configuration.sample.count
+    return Stopped(f"stopped: {shards.done:,} of {count:,} samples are in {shards.folder}; the same command goes on")
+
+
+def _solve(order: Order, network: nn.Module, ids: range, tell: Callable[[int], Any]) -> tuple[NDArray[Any], About]:
+    """Return samples as they are stored, and what they cost; a batch's number is told when it is drawn."""
+    wanted, began = order.configuration.sample, time.perf_counter()
+    pieces, nfe, blocks = [], 0, None
+    for piece in solved(order.parts, network, order.labels(ids), ids, wanted.seed, wanted.batch):
+        samples = finished(order.parts, piece.x)
+        pieces.append((rearrange(samples, "n c h w -> n h w c") if order.parts.can_draw else samples).numpy())
+        nfe = max(nfe, piece.nfe)
+        if piece.block_evaluations is not None:
+            blocks = max(blocks or 0, piece.block_evaluations)
+        tell(len(samples))
+    return np.concatenate(pieces), About(nfe, blocks, time.perf_counter() - began)
+
+
+def _finish(order: Order, shards: Shards, workers: Workers, missing: list[int]) -> Written:
+    """Join the shards, unless they are to be kept, and write picture and record."""
+    numbers = range(len(shards.ranges))
+    spent = [about for about in map(shards.about, numbers) if about is not None]
+    blocks = [about.block_evaluations for about in spent if about.block_evaluations is not None]
+    total = About(max(about.nfe for about in spent), max(blocks, default=None), sum(about.seconds for about in spent))
+    labelled = order.labelled
+    pieces = (shards.read(n, order.labels(shards.ranges[n]) if labelled else None) for n in numbers)
+    result = _write(order, pieces, total, workers, sum(len(shards.ranges[number]) for number in missing))
+    shards.release(remove=order.configuration.sample.shards == "join")
+    return result
+
+
+def _write(order: Order, pieces: Iterable[NDArray[Any]], spent: About, workers: Workers, drawn: int) -> Written:
+    """Write samples that come piece by piece, unless they are there in shards; a picture; and last the record."""
+    count, (path, picture, told) = order.configuration.sample.count, _paths(order)
+    labels = order.labels(range(count)) if order.labelled else None
+    seen = _Shown(count, labels)
+    passing = seen.passing(pieces) if order.parts.can_draw else iter(pieces)
+    if path == order.output:
+        sha256 = write_npz(path, passing, count, None if labels is None else labels.numpy())
+        size = path.stat().st_size
+    else:
+        sha256, size = sha256_of(passing), sum(file.stat().st_size for file in path.glob("shard-*.npz"))
+    if order.parts.can_draw:
+        seen.save(picture)
+    record = {**order.record(spent, workers.count, workers.device), "samples_sha256": sha256, "bytes": size}
+    write_text(told, json.dumps(record, indent=1))
+    return Written([path, picture, told] if order.parts.can_draw else [path, told], record, drawn)
+
+
+class _Shown:
+    """Lets images pass, and keeps those that the picture shows."""
+
+    def __init__(self, count: int, labels: Tensor | None) -> None:
+        self.count, self.labels = count, labels
+        self.numbers: list[int] = []
+        self.images: list[NDArray[Any]] = []
+
+    def passing(self, pieces: Iterable[NDArray[Any]]) -> Iterator[NDArray[Any]]:
+        """Yield the pieces."""
+        first = 0
+        for piece in pieces:
+            if not self.numbers:
+                self.numbers = sorted(itertools.chain(*shown(self.count, self.labels, piece.shape[1:3])))
+            self.images += [piece[n - first].copy() for n in self.numbers if first <= n < first + len(piece)]
+            first += len(piece)
+            yield piece
+
+    def save(self, path: Path) -> None:
+        """Write the picture."""
+        save_levels(path, np.stack(self.images), None if self.labels is None else self.labels[self.numbers])

@@ -17,7 +17,8 @@ __all__ = ["default_name"]
 
 
 def default_name(configuration: Configuration) -> str:
-    """Return a file name of solver, steps, guidance, average and seed, so that one drawing does not replace another.
+    """Return a file name of solver, steps, guidance, average, seed, and number of many samples, so that one drawing
+    does not replace another.
 
     Further options of solver and guidance are told by a hash. For another program's weights also of their file, family,
     key and defects, and of a hash of file and network.
@@ -31,6 +32,8 @@ def default_name(configuration: Configuration) -> str:
         if item.get("scale") != 1 or others:
             words += [item["name"], _scale(item["scale"]) if "scale" in item else None, others]
     words.append(configuration.sample.average)
+    if configuration.sample.count > configuration.sample.shard:  # no few samples in the place of many
+        words.append(configuration.sample.count)
     return "-".join(str(word) for word in (*words, f"seed-{configuration.sample.seed}") if word is not None) + ".npz"
 
 

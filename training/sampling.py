@@ -122,17 +122,13 @@ def finished(parts: Parts, x: Tensor) -> Tensor:
 
 
 def _finished(parts: Parts, x: Tensor) -> Tensor:
-    images = _images(parts, x)
+    images = parts.images(x)
     return x.float().cpu() if images is None else levels(images).cpu()
 
 
 def _cut(parts: Parts, x: Tensor) -> list[Tensor]:
     size = parts.configuration.sample.decode_batch
     return [x[first : first + size] for first in range(0, len(x), size)]
-
-
-def _images(parts: Parts, x: Tensor) -> Tensor | None:
-    return x if x.shape[1] in (1, 3) else None
 
 
 def labels_of(wanted: Sample, ids: range, classes: int) -> Tensor | None:
@@ -180,7 +176,7 @@ def draw_picture(parts: Parts, network: nn.Module) -> Drawn:
     count = 10 * classes or 100
     drawn = solve(parts, network, labels, count, parts.configuration.sample.seed, batch=count)
     x = drawn.x.to(next(network.parameters()).device)
-    images = [image.cpu() for image in (_images(parts, some) for some in _cut(parts, x)) if image is not None]
+    images = [image.cpu() for image in (parts.images(some) for some in _cut(parts, x)) if image is not None]
     return replace(drawn, x=torch.cat(images)) if images else drawn
 
 
