@@ -24,7 +24,7 @@ from torch import Tensor
 
 from pathline.core.errors import DataError
 
-__all__ = ["FeatureFile", "check_place", "write_features"]
+__all__ = ["FeatureFile", "check_place", "encoder_changes", "write_features"]
 
 FORMAT = "pathline features 1"
 HASH = "sha256"
@@ -70,17 +70,13 @@ class FeatureFile:
         Raises:
             DataError: they are of another one; says in what they differ.
         """
-        wanted, made = _settings(component), _settings(self.component)
-        changed = [f"{key} {made.get(key)!r} -> {wanted.get(key)!r}" for key in _differing(made, wanted)]
+        changed = encoder_changes(self.component, self.encoder, component, weights_sha256)
         now = json.loads(json.dumps(dict(data)))
         changed += [
             f"the data's {key} {self.data.get(key)!r} -> {now.get(key)!r}" for key in _differing(self.data, now)
         ]
         if images not in (None, self.images):
             changed.append(f"the data's images {self.images} -> {images}")
-        used = self.encoder[HASH] if self.encoder["weights"] == "file" else None
-        if used != weights_sha256:
-            changed.append(f"weights {used or 'of the hub'} -> {weights_sha256 or 'of the hub'}")
         if changed:
             raise DataError(
                 f"got {self.path}, features of something else ({'; '.join(changed)}); make them anew by "
@@ -90,6 +86,25 @@ class FeatureFile:
     def rows(self, indices: Tensor) -> Tensor:
         """Return the rows of samples, (n, T, D) float16 on the host."""
         return torch.from_numpy(self._rows[indices.cpu().numpy()])
+
+
+def encoder_changes(
+    made: Mapping[str, Any], encoder: Mapping[str, Any], component: Mapping[str, Any], weights_sha256: str | None
+) -> list[str]:
+    """List in what an encoder differs from the one that made features.
+
+    Args:
+        made: the entry in a configuration of the one that made them.
+        encoder: what that one told of itself.
+        component: the other one's entry.
+        weights_sha256: hash of the file of weights that this names; None if it names none.
+    """
+    before, now = _settings(made), _settings(json.loads(json.dumps(dict(component))))
+    changed = [f"{key} {before.get(key)!r} -> {now.get(key)!r}" for key in _differing(before, now)]
+    used = encoder[HASH] if encoder["weights"] == "file" else None
+    if used != weights_sha256:
+        changed.append(f"weights {used or 'of the hub'} -> {weights_sha256 or 'of the hub'}")
+    return changed
 
 
 def _settings(component: Mapping[str, Any]) -> dict[str, Any]:

@@ -68,13 +68,14 @@ class Files:
             flipped: (N,) of which rows the column of mirror images is meant; None of none.
         """
         column = self.manifest.columns[name]
-        gathered = np.empty((len(index), column.bytes), np.uint8)
+        gathered = torch.empty(len(index), *column.shape, dtype=TYPES[column.dtype])
+        to = gathered.flatten(1).view(torch.uint8).numpy()
         if flipped is None:
-            self._copy(self._parts[name], index, np.arange(len(index)), gathered)
+            self._copy(self._parts[name], index, np.arange(len(index)), to)
         else:
-            self._copy(self._parts[name], index, np.flatnonzero(~flipped), gathered)
-            self._copy(self._parts[name + FLIPPED], index, np.flatnonzero(flipped), gathered)
-        return torch.from_numpy(gathered).view(TYPES[column.dtype]).reshape(-1, *column.shape)
+            self._copy(self._parts[name], index, np.flatnonzero(~flipped), to)
+            self._copy(self._parts[name + FLIPPED], index, np.flatnonzero(flipped), to)
+        return gathered
 
     def _copy(self, parts: Parts, index: NDArray[np.int64], places: NDArray[np.int64], to: NDArray[np.uint8]) -> None:
         """Copy the rows at some places of the index there; each shard is read in its own order."""

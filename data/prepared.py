@@ -138,10 +138,15 @@ class Prepared(Dataset):
         if self.told.latent_kind == "moments":
             mean, std = values.chunk(2, dim=1)
             values = mean if noise is None else mean + std * noise
-        return (values - self._centre.to(data.device)) / self._unit.to(data.device)
+        if self._centre.device != data.device:  # sent once, since the host waits for it
+            self._centre, self._unit = self._centre.to(data.device), self._unit.to(data.device)
+        return (values - self._centre) / self._unit
 
-    def bring_features(self, name: str) -> Features:
-        """Let batches have the stored tokens of an encoder, ``features_<name>`` (N, T, D); return what made them.
+    def bring_features(self, name: str) -> tuple[str, Features]:
+        """Let batches have the stored tokens of an encoder, (N, T, D).
+
+        Returns:
+            Their name in batches, and what made them.
 
         Raises:
             DataError: none are stored, or none of mirror images, which this data set gives.
@@ -160,7 +165,7 @@ class Prepared(Dataset):
             )
         if column not in self._features:
             self._features.append(column)
-        return self.told.request.encoders[name]
+        return column, self.told.request.encoders[name]
 
     @property
     def statistics(self) -> dict[str, Any]:
@@ -178,7 +183,7 @@ class Prepared(Dataset):
         variance = squares[:channels] / max(spread.count - 1, 1)
         if self.draws_posterior:
             variance += squares[channels:] / spread.count + mean[channels:] ** 2
-        centre, unit = (values.flatten().double().numpy() for values in (self._centre, self._unit))
+        centre, unit = (values.flatten().double().cpu().numpy() for values in (self._centre, self._unit))
         scaled = [(values[:channels] - centre) / unit for values in (mean, low, high)]
         return {
             "mean": scaled[0].tolist(),

@@ -6,7 +6,7 @@ N images, T tokens on a grid of rows and columns, D width.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ from torch import Tensor
 from pathline.core.draws import send
 from pathline.core.errors import DataError
 from pathline.data.base import Batch, Dataset
-from pathline.data.features import FeatureFile
+from pathline.data.features import FeatureFile, encoder_changes
+from pathline.data.prepare_manifest import read_manifest
+from pathline.data.prepared import Prepared
 from pathline.encoders.base import Encoder
 from pathline.encoders.networks import hash_of_file, hash_of_tensors
 
@@ -79,29 +81,61 @@ class Computed(Source):
 
 
 class Cached(Source):
-    """A file that ``python -m pathline.encoders.cache`` wrote.
+    """Stored tokens: a file that ``python -m pathline.encoders.cache`` wrote, or the folder of prepared data itself.
 
     Args:
-        path: of the file.
+        path: of the file; or of the folder, which must be the data set's own and hold this encoder's features.
         component: the encoder's entry in the configuration; weights that it names are compared by their hash.
         dataset: whose features they must be, by its manifest and, if it has images, by those of 64 samples.
 
     Raises:
-        DataError: no such file, a damaged one, or one of other data or of another encoder, weights or resolution.
+        DataError: no such file, a damaged one, or one of other data or of another encoder, weights or resolution; or
+            a file, which knows no mirror images, for data that give some.
         WeightsError: the entry names weights that are not there.
     """
 
     def __init__(self, path: Path, component: Mapping[str, Any], dataset: Dataset) -> None:
-        self.file, weights = FeatureFile(path), component.get("weights")
+        weights = component.get("weights")
         used = None if weights is None else hash_of_file(Path(weights))
-        self.file.check(component, used, dataset.manifest, hash_of_images(dataset))
-        told = self.file.encoder
-        self.dim, self.grid = self.file.shape[2], (int(told["grid"][0]), int(told["grid"][1]))
-        self.manifest = {**told, "cache": self.file.sha256}
+        if path.is_dir():
+            self._take_prepared(path, component, used, dataset)
+        else:
+            self._take_file(path, component, used, dataset)
+
+    def _take_file(self, path: Path, component: Mapping[str, Any], weights: str | None, dataset: Dataset) -> None:
+        file = FeatureFile(path)
+        if getattr(dataset, "flip", False):
+            raise DataError(
+                f"got {path}, features without those of mirror images, for data that give some; set flip=false, or "
+                "store features of both by python -m pathline.data.prepare --flip --encoder"
+            )
+        file.check(component, weights, dataset.manifest, hash_of_images(dataset))
+        told = file.encoder
+        self.dim, self.grid = file.shape[2], (int(told["grid"][0]), int(told["grid"][1]))
+        self.manifest = {**told, "cache": file.sha256}
+        self._rows: Callable[[Batch], Tensor] = lambda batch: file.rows(batch["index"])
+
+    def _take_prepared(self, path: Path, component: Mapping[str, Any], weights: str | None, dataset: Dataset) -> None:
+        if not isinstance(dataset, Prepared) or read_manifest(path).sha256 != dataset.told.sha256:
+            raise DataError(
+                f"got the folder {path} of features for data that are not its own; set data to {{name: prepared, path: "
+                f"{path}}}, or make a file of features by python -m pathline.encoders.cache"
+            )
+        column, made = dataset.bring_features(component["name"])
+        changed = encoder_changes(made.component, made.encoder, component, weights)
+        if changed:
+            raise DataError(
+                f"got {path} with features of another {component['name']} ({'; '.join(changed)}); set its entry to "
+                "what made them, or prepare the data again"
+            )
+        told = made.encoder
+        self.dim, self.grid = int(told["dim"]), (int(told["grid"][0]), int(told["grid"][1]))
+        self.manifest = {**told, "cache": dataset.told.sha256}
+        self._rows = lambda batch: batch[column]
 
     def tokens(self, batch: Batch, device: torch.device) -> Tensor:
         """Return the stored tokens of a batch's samples, (N, T, D), in float32."""
-        return send(self.file.rows(batch["index"]), device).float()
+        return send(self._rows(batch), device).float()
 
 
 def images_of(batch: Batch, dataset: Dataset) -> Tensor:
