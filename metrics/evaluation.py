@@ -5,6 +5,7 @@ N images, D features.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pathline.core.errors import InputError
+from pathline.core.errors import InputError, UnknownOptionError
 from pathline.core.registry import Entry
 from pathline.metrics import features as spaces
 from pathline.metrics.base import Metric, Real, Record, Reference, registry
@@ -51,7 +52,8 @@ class Evaluation:
             raise InputError("got no metrics, expected one or more; name some")
         self.reference, self.device, self._options = reference, torch.device(device), features or {}
         self._spaces: dict[str, Features] = {}
-        self.metrics = [self._built(component(metric)) for metric in metrics]
+        self._components = [component(metric) for metric in metrics]
+        self.metrics = [self._built(named) for named in self._components]
 
     def update(self, images: Tensor, labels: Tensor | None = None, indices: Tensor | None = None) -> None:
         """Take a batch in.
@@ -90,20 +92,30 @@ class Evaluation:
         """Return a record of each metric, in their order; raises InputError for too few samples."""
         return [metric.compute() for metric in self.metrics]
 
+    def fresh(self) -> Evaluation:
+        """Return an evaluation of the same metrics that has seen nothing; feature networks are shared, not built again.
+
+        So one training run, or several averages of a model, need each network once.
+        """
+        other = copy.copy(self)
+        other.metrics = [other._built(named) for named in self._components]
+        return other
+
     def _built(self, named: Component) -> Metric:
         entry = registry.entry(named["name"])
-        known = entry.options()
-        given = {key: value for key, value in named.items() if key not in ("name", "features")}
-        if "real" in known:
+        filled: dict[str, Any] = {key: None for key in ("real", "classifier", "features") if key in entry.options()}
+        given = {key: value for key, value in named.items() if key != "name"}
+        problems = registry.problems(entry, {**filled, **given})
+        if problems:  # before a network is built
+            raise UnknownOptionError("; ".join(problems.values()))
+        if "real" in filled:
             if self.reference is None:
                 raise InputError(f"got no reference for the metric {entry.name}, which compares with one; give one")
             given["real"] = self.reference
-        if "classifier" in known:
-            given["classifier"] = self._space({"name": "digits-cnn"})
-        if "features" in known:
-            given["features"] = self._space(named.get("features") or self._default(entry))
-        elif "features" in named:
-            given["features"] = named["features"]  # which the registry refuses
+        if "classifier" in filled:
+            given["classifier"] = self._space(given.get("classifier") or "digits-cnn")
+        if "features" in filled:
+            given["features"] = self._space(given.get("features") or self._default(entry))
         return registry.build(entry.name, **given)
 
     def _default(self, entry: Entry[Metric]) -> str:
@@ -131,6 +143,8 @@ class Evaluation:
 def component(metric: str | Mapping[str, Any]) -> Component:
     """Return a metric as ``{"name": …, **options}``, its shorthand ``name:space`` resolved."""
     if isinstance(metric, Mapping):
+        if "name" not in metric:
+            raise UnknownOptionError(f"got a metric without a name: {dict(metric)}; add name: …")
         return dict(metric)
     name, _, space = metric.partition(":")
     return {"name": name, "features": _space_component(space)} if space else {"name": name}

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pathline import data
 from pathline.core.draws import Draws
 from pathline.core.errors import InputError
 from pathline.core.registry import Registry
@@ -27,10 +29,13 @@ __all__ = [
     "as_floats",
     "as_levels",
     "build",
+    "full_precision",
     "names",
     "register",
     "registry",
 ]
+
+Training = Dataset | str | Mapping[str, Any]
 
 
 class Features(ABC):
@@ -71,6 +76,19 @@ def as_levels(images: Tensor) -> Tensor:
     return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Compute float32 without TF32 on devices that have it: features must not depend on how a model is trained."""
+    convolutions, products = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = convolutions
+        torch.set_float32_matmul_precision(products)
+
+
 registry: Registry[Features] = Registry("feature space", "metrics.features", Features)
 register, build, names = registry.register, registry.build, registry.names
 
@@ -81,8 +99,8 @@ class Pixels(Features):
 
     name = "pixels"
 
-    def __init__(self, training: Dataset) -> None:
-        self.sizes = {"features": math.prod(training.shape)}
+    def __init__(self, training: Training) -> None:
+        self.sizes = {"features": math.prod(data.build(training).shape)}
         self.manifest = {"name": self.name, "sizes": self.sizes}
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -95,13 +113,14 @@ class PrincipalComponents(Features):
     """Coordinates along the first principal axes of the training images.
 
     Args:
-        training: what to fit on.
+        training: what to fit on: a data set, its name or ``{"name": …, **options}``.
         axes: how many, at most the number of values of an image.
     """
 
     name = "pca"
 
-    def __init__(self, training: Dataset, axes: int = 20) -> None:
+    def __init__(self, training: Training, axes: int = 20) -> None:
+        training = data.build(training)
         images = training.batch(range(len(training)))["data"].flatten(1).double()
         if not 1 <= axes <= images.shape[1]:
             raise InputError(f"got axes {axes}, expected 1 to {images.shape[1]}")
@@ -127,14 +146,15 @@ class DigitsCNN(Features):
     Convolutions to 32 and, with stride 2, 64 channels, a hidden layer of 64, ReLU throughout; AdamW 2e-3.
 
     Args:
-        training: what to train on; labelled images of 8 × 8 pixels.
+        training: what to train on, as for ``pca``; labelled images of 8 × 8 pixels.
         epochs: passes over the training images.
         seed: of the first weights and of the order.
     """
 
     name = "digits-cnn"
 
-    def __init__(self, training: Dataset, epochs: int = 30, seed: int = 0) -> None:
+    def __init__(self, training: Training, epochs: int = 30, seed: int = 0) -> None:
+        training = data.build(training)
         if tuple(training.shape) != (1, 8, 8) or not training.num_classes:
             raise InputError(f"got data of shape {tuple(training.shape)}, expected labelled images of shape (1, 8, 8)")
         with torch.device("meta"):  # weights come from a generator of our own below

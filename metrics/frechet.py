@@ -182,7 +182,7 @@ class Frechet(Metric):
             uncertainty_law=law,
             reference={**reference.manifest, "count": known.count},
             features=dict(features.manifest),
-            warnings=(said,) if said else (),
+            warnings=((said,) if said else ()) + reference.doubts(features),
         )
 
     def _errors(self, known: Statistics) -> tuple[dict[str, float], str]:

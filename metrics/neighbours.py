@@ -215,6 +215,7 @@ class PrecisionRecall(Collecting):
             },
             reference={**reference.manifest, "vectors": len(real)},
             features=dict(features.manifest),
+            warnings=reference.doubts(features),
         )
 
     def _both(self, generated: Tensor, real: Tensor) -> dict[str, float]:
