@@ -66,10 +66,11 @@ def draw(order: Order, workers: Workers) -> Written:
             f"sample.devices: got {workers.count} for {len(shards.ranges)} shards of {wanted.shard} samples; set "
             f"sample.shard to {-(-wanted.count // workers.count)} or lower"
         )
-    if there := workers.first(lambda: written(order)):
-        return there
     missing = workers.first(lambda: shards.claim(order.request, order.differences))
     try:
+        if there := workers.first(lambda: written(order)):
+            shards.release(remove=wanted.shards == "join" and workers.rank == 0)  # a kill may have left some
+            return there
         _draw_shards(order, shards, workers, missing[workers.rank :: workers.count])
         return workers.first(lambda: _finish(order, shards, workers, missing))
     except KeyboardInterrupt as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import glob
 import json
 import os
 import shutil
@@ -77,7 +78,8 @@ class Shards:
         except BaseException:
             self.release()
             raise
-        for path in self.folder.glob(f"{LEFTOVER}*"):
+        outputs = f"{LEFTOVER}{glob.escape(self.folder.stem)}.*"
+        for path in (*self.folder.glob(f"{LEFTOVER}*"), *self.folder.parent.glob(outputs)):
             path.unlink()
         (self.folder / STOP).unlink(missing_ok=True)
         write_text(journal, json.dumps({"format": FORMAT, "request": request}, indent=1))
