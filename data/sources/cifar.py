@@ -119,7 +119,8 @@ def _in_archive(path: Path, split: str) -> dict[str, bytes]:
         with tarfile.open(path, "r:*") as archive:
             while (member := archive.next()) is not None:
                 check_member(member.name, str(path))
-                if not (member.isreg() or member.isdir()) or member.offset_data + member.size > LIMIT:
+                end = member.offset_data + member.size
+                if not (member.isreg() or member.isdir()) or not member.offset_data <= end <= LIMIT:
                     raise DataError(
                         f"got the member {member.name} of {path} of {member.size} bytes, expected plain files, {LIMIT} "
                         "bytes in all; this is no archive of CIFAR"

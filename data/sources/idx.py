@@ -86,39 +86,36 @@ def _labels_beside(file: Path) -> Path:
 
 
 def _read(path: Path, dimensions: int) -> Rows:
-    """Check a file's header against its size.
+    """Check a file's header against what it holds; what is compressed is read as far as the header says.
 
     Raises:
         DataError: they do not agree, or the file is of another kind.
     """
-    size, length = size_of(path), 4 + 4 * dimensions
-    content = _unzipped(path) if path.suffix == ".gz" else None
-    if content is None:
-        with path.open("rb") as file:
-            head = file.read(length)
-    else:
-        head, size = content[:length], len(content)
-    if len(head) != length or head[:4] != bytes((0, 0, 8, dimensions)):
-        raise DataError(
-            f"got {path}, which begins with {head[:4].hex()}, expected 000008{dimensions:02x}: an IDX file of uint8 in "
-            f"{dimensions} dimensions"
-        )
-    sizes = struct.unpack(f">{dimensions}I", head[4:])
-    if length + math.prod(sizes) != size or not all(sizes):
-        raise DataError(
-            f"got {path} of {size} bytes with the sizes {sizes}, expected {length + math.prod(sizes)} bytes, and no "
-            "size of 0; it is truncated or forged: copy it again"
-        )
-    return Rows(str(path), path if content is None else content, length, sizes)
-
-
-def _unzipped(path: Path) -> bytes:
-    """Return what a gzip file holds, up to one byte beyond the limit."""
+    size, zipped = size_of(path), path.suffix == ".gz"
     try:
-        with gzip.open(path) as file:
-            content = file.read(LIMIT + 1)
+        with gzip.open(path) if zipped else path.open("rb") as file:
+            head = file.read(4 + 4 * dimensions)
+            sizes = _sizes(path, head, dimensions)
+            expected = math.prod(sizes)
+            content = file.read(expected + 1) if zipped and expected <= LIMIT else b""
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"got {path}, which cannot be decompressed: {error}; copy it again") from error
-    if len(content) > LIMIT:
-        raise DataError(f"got {path}, which holds more than {LIMIT} bytes; decompress it")
-    return content
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"got {path}, which cannot be read: {error}; copy it again") from error
+    found = len(content) if zipped else size - len(head)
+    if found != expected or not expected:
+        raise DataError(
+            f"got {path} with the sizes {sizes}, none of which may be 0, and {'' if found <= expected else 'at least '}"
+            f"{found} bytes behind them, expected {expected}, compressed ones up to {LIMIT}; it is truncated or "
+            "forged: copy it again"
+        )
+    return Rows(str(path), content if zipped else path, 0 if zipped else len(head), sizes)
+
+
+def _sizes(path: Path, head: bytes, dimensions: int) -> tuple[int, ...]:
+    if len(head) != 4 + 4 * dimensions or head[:4] != bytes((0, 0, 8, dimensions)):
+        raise DataError(
+            f"got {path}, which begins with {head[:4].hex()} and has {len(head)} bytes of a header, expected "
+            f"000008{dimensions:02x} and {4 + 4 * dimensions}: an IDX file of uint8 in {dimensions} dimensions"
+        )
+    return struct.unpack(f">{dimensions}I", head[4:])

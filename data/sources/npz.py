@@ -100,11 +100,12 @@ def _array(path: Path, member: Member) -> tuple[Path | bytes, int, tuple[int, ..
         )
     stored, engine = read_part(path, start, member.stored, name), zlib.decompressobj(-15)
     try:
-        first = engine.decompress(stored, _HEADER_LIMIT)
+        first = engine.decompress(stored, min(member.size, _HEADER_LIMIT) + 1)  # one more than claimed tells
         head = io.BytesIO(first)
         shape, dtype = _header(head, name)
         _check_size(name, shape, dtype, member.size - head.tell())
-        content = first + engine.decompress(engine.unconsumed_tail, member.size - len(first) + 1)
+        rest = member.size + 1 - len(first)
+        content = first + engine.decompress(engine.unconsumed_tail, rest) if rest else first
     except zlib.error as error:
         raise DataError(f"got {name}, which cannot be decompressed: {error}; copy the file again") from error
     if len(content) != member.size or zlib.crc32(content) != member.crc:
