@@ -174,7 +174,7 @@ def drawn_up_to(instant, words):
 
 @pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_drawing_that_is_killed_anywhere_goes_on(every, processes, run, whole, tmp_path):
-    """At every third call that changes the disk, or at every one: the next drawing ends with the same bytes, and leaves nothing else."""
+    """At every third call that changes the disk: the next drawing ends with the same bytes, and leaves nothing else."""
 
     def words(folder):
         return [str(run), *SHARDS, f"sample.output={folder / 'whole.npz'}"]
