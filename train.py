@@ -19,11 +19,12 @@ from lightning_fabric.utilities.rank_zero import rank_zero_only
 import pathline
 from pathline.core.config import Configuration, check_entries, load
 from pathline.core.errors import CheckpointError, ConfigurationError, DivergedError, PathlineError, ProcessError
-from pathline.training import Interrupted, Trainer, check_machine, checkpoints
+from pathline.training import Interrupted, Trainer, check_machine, checkpoints, starts
 from pathline.training.curves import save_curves
 from pathline.training.folder import RunFolder
 from pathline.training.log import check_sinks, mean_over_last_steps, read_rows, warn
 from pathline.training.parts import build
+from pathline.training.report import save_report
 from pathline.training.speed import memory_bytes
 
 WRONG, DIVERGED, LOST, UNSAVED, INTERRUPTED, AT_ONCE = 2, 65, 70, 74, 75, 130
@@ -104,6 +105,7 @@ def train(configuration: Configuration, resume: str | None, *, dry_run: bool = F
             seconds = time.perf_counter() - wall, time.process_time() - cpu
             if trainer.fabric.is_global_zero:
                 save_curves(folder)
+                save_report(folder)
         if trainer.fabric.is_global_zero:
             images = (trainer.state.step - start) * configuration.train.global_batch
             _tell(_summary(folder, trainer.parts.objective.predicts, images, *seconds))
@@ -153,6 +155,8 @@ def _start(trainer: Trainer, resume: str | None, allow: Sequence[str]) -> None:
         trainer.initialize_from(Path(configuration.train.initialize_from))
     if trainer.fabric.is_global_zero:
         (folder / "config.yaml").write_text(configuration.to_yaml())
+        weights = None if checkpoint is not None else configuration.train.initialize_from
+        starts.write(folder, trainer.fabric, trainer.state.step, checkpoint, weights)
         _tell(f"pathline {pathline.__version__} from {Path(pathline.__file__).parent}\n{configuration.to_yaml()}")
         _tell(_plan(trainer, checkpoint))
 

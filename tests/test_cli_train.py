@@ -49,8 +49,9 @@ def command(folder):
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """Call the command; returns the exit code. The curves, of which one test speaks, are left out for speed."""
+    """Call the command; returns the exit code. Curves and page, of which one test speaks, are left out for speed."""
     monkeypatch.setattr(train, "save_curves", lambda folder: None)
+    monkeypatch.setattr(train, "save_report", lambda folder: None)
     return command(tmp_path)
 
 
@@ -104,7 +105,9 @@ def test_a_run_prints_and_leaves_what_it_should(tmp_path, capsys):
         "curves.png",
         "metrics.jsonl",
         "pictures",
+        "report.html",
         "samples.png",
+        "starts.jsonl",
         "tensorboard",
     }
     assert {path.name for path in folder.iterdir()} == names

@@ -93,10 +93,10 @@ def test_many_rows_are_drawn_by_a_running_mean_on_the_raw_line(tmp_path, monkeyp
 def test_running_mean_by_hand():
     values = np.array([4.0, 1.0, 6.0, math.nan, 7.0, 3.0, math.inf])
     expected = [4, (4 + 1 + 6) / 3, (4 + 1 + 6 + 7) / 4, (1 + 6 + 7 + 3) / 4, (6 + 7 + 3) / 3, (7 + 3) / 2, (7 + 3) / 2]
-    assert module._running_mean(values, 2) == pytest.approx(expected)
+    assert module.running_mean(values, 2) == pytest.approx(expected)
     spiked = np.array([5.0, 1e30, *[3.0] * 20])
-    assert module._running_mean(spiked, 2)[5:] == pytest.approx(3.0)
-    assert np.isnan(module._running_mean(np.full(3, math.nan), 1)).all()
+    assert module.running_mean(spiked, 2)[5:] == pytest.approx(3.0)
+    assert np.isnan(module.running_mean(np.full(3, math.nan), 1)).all()
 
 
 def test_one_row(tmp_path, monkeypatch):

@@ -18,7 +18,19 @@ from pathline.training.log import read_rows
 if TYPE_CHECKING:  # an optional package
     from matplotlib.axes import Axes
 
-__all__ = ["save_curves"]
+__all__ = [
+    "BY_TIME",
+    "COUNTS",
+    "EXACT",
+    "FEW",
+    "LOGARITHMIC",
+    "Numbers",
+    "Panels",
+    "panels_of",
+    "running_mean",
+    "save_curves",
+    "series",
+]
 
 Numbers = NDArray[np.float64]
 Panels = dict[str, dict[str, Numbers]]
@@ -32,6 +44,7 @@ SHARES = {
 FAILED = {"skipped": "skipped steps", "passed": "batches passed over", "failed_saves": "failed saves"}
 ALONE = {"lr": "learning rate", "images_per_second": "images per second", "memory_gib": "memory, GiB"}
 EXACT = {ALONE["lr"], ALONE["memory_gib"]}
+LOGARITHMIC = {LOSS, BY_TIME, NORM}  # where they span much
 KNOWN = {"step", "window", "loss", "loss_by_time", "gradient_norm", *SHARES, *FAILED, *ALONE}
 COLOURS = ["#0b5394", "#e07b39", "#3a9d5d", "#a64d79", "#8a6d3b", "#5b7083", "#c2a500", "#1aa0a6"]
 FEW = 40  # rows that are drawn as points joined by lines; of more of them a running mean is drawn
@@ -51,33 +64,33 @@ def save_curves(folder: Path) -> Path | None:
         return None
     try:
         rows = read_rows(folder)
-        panels = _panels(rows)
+        panels = panels_of(rows)
         if not panels:
             return None
         with rc_context({"text.usetex": False, "font.size": 9.0}):
-            return _save(folder / "curves.png", _series(rows, "step"), panels)
+            return _save(folder / "curves.png", series(rows, "step"), panels)
     except Exception as error:  # whatever another package raises
         print(f"warning: no curves.png ({type(error).__name__}: {error})", file=sys.stderr)
         return None
 
 
-def _panels(rows: list[dict[str, Any]]) -> Panels:
+def panels_of(rows: list[dict[str, Any]]) -> Panels:
     """Return what is drawn: title -> name of a line -> (R,); what has no finite number is left out."""
     newest = rows[-1] if rows else {}
     terms = [name for name, value in newest.items() if name not in KNOWN and not isinstance(value, list)]
     panels = {
-        LOSS: {name: _series(rows, name) for name in ("loss", *terms)},
+        LOSS: {name: series(rows, name) for name in ("loss", *terms)},
         BY_TIME: _by_time(rows),
-        NORM: {"": _series(rows, "gradient_norm")},
-        **{title: {"": _series(rows, name)} for name, title in ALONE.items()},
-        "shares of time and of the peak": {label: _series(rows, name) for name, label in SHARES.items()},
-        COUNTS: {label: _series(rows, name) for name, label in FAILED.items()},
+        NORM: {"": series(rows, "gradient_norm")},
+        **{title: {"": series(rows, name)} for name, title in ALONE.items()},
+        "shares of time and of the peak": {label: series(rows, name) for name, label in SHARES.items()},
+        COUNTS: {label: series(rows, name) for name, label in FAILED.items()},
     }
     finite = {title: {k: v for k, v in lines.items() if np.isfinite(v).any()} for title, lines in panels.items()}
     return {title: lines for title, lines in finite.items() if lines}
 
 
-def _series(rows: list[dict[str, Any]], name: str) -> Numbers:
+def series(rows: list[dict[str, Any]], name: str) -> Numbers:
     """Return an entry of all rows, (R,), NaN where there is none."""
     return np.array([math.nan if row.get(name) is None else row[name] for row in rows], dtype=np.float64)
 
@@ -144,10 +157,10 @@ def _draw_line(axis: Axes, title: str, steps: Numbers, values: Numbers, colour: 
     else:
         if title != BY_TIME:
             axis.plot(steps, values, color=colour, linewidth=0.6, alpha=0.3)
-        axis.plot(steps, _running_mean(values, len(steps) // FEW), color=colour, label=label, linewidth=1.3)
+        axis.plot(steps, running_mean(values, len(steps) // FEW), color=colour, label=label, linewidth=1.3)
 
 
-def _running_mean(values: Numbers, width: int) -> Numbers:
+def running_mean(values: Numbers, width: int) -> Numbers:
     """Return means of the finite values among ``width`` before and after, (R,); NaN where none is finite.
 
     Near the start as few on either side as there are before, so that the first steps' fall is not flattened.
@@ -167,7 +180,7 @@ def _scale(axis: Axes, title: str, values: Numbers) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter
 
     values, room = values[np.isfinite(values)], 1.05 if axis.get_legend() is None else 1.5
-    if title not in (LOSS, BY_TIME, NORM):
+    if title not in LOGARITHMIC:
         axis.set_ylim(0, max(room * values.max(), 1.0 if title == COUNTS else 0.0) or None)
     elif values.min() > 0 and values.max() > 20 * values.min():
         axis.set_yscale("log")
