@@ -4,7 +4,7 @@ from pathline.data.base import Batch, Dataset, registry
 from pathline.data.digits import Digits
 from pathline.data.images import Images
 from pathline.data.latents import Latents
-from pathline.data.layouts import Edm2, FastDit, LightningDit, Repa
+from pathline.data.layouts import Edm2, FastDit, LightningDit, Repa, WebDataset
 from pathline.data.prepared import Prepared
 from pathline.data.synthetic import Synthetic
 
@@ -22,6 +22,7 @@ __all__ = [
     "Prepared",
     "Repa",
     "Synthetic",
+    "WebDataset",
     "build",
     "names",
     "register",

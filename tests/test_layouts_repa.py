@@ -143,7 +143,7 @@ def test_statistics_are_those_of_the_means(tree, monkeypatch):
 
 
 def test_statistics_of_many_are_those_of_a_sample_without_what_is_not_finite(tree, monkeypatch):
-    monkeypatch.setattr("pathline.data.layouts.base._STATISTICS", 3)
+    monkeypatch.setattr("pathline.data.layouts.base.STATISTICS", 3)
     broken = values_of(1000)
     broken[1, 2, 3] = np.nan
     np.save(tree / "vae-sd" / moment_file(1000), broken)

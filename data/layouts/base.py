@@ -20,10 +20,10 @@ from pathline.core.draws import BoundDraws, Draws, send
 from pathline.core.errors import DataError, InputError, InputTypeError
 from pathline.data.base import Batch, Dataset, Indices, as_indices
 
-__all__ = ["POSTERIOR", "Scaling", "StoredLatents", "check_label", "check_options", "moments"]
+__all__ = ["POSTERIOR", "STATISTICS", "Scaling", "StoredLatents", "check_label", "check_options", "moments"]
 
 POSTERIOR = "posterior noise"  # stream of the draws from an autoencoder's posterior
-_STATISTICS = 10_000  # samples that the statistics are taken over
+STATISTICS = 10_000  # samples that the statistics are taken over
 _CHUNK = 256
 
 
@@ -76,7 +76,7 @@ class StoredLatents(Dataset):
         index = as_indices(indices, len(self))
         loaded = self._stored(index.numpy())
         values = moments(loaded["data"])[0] if self.kind == "moments" else loaded["data"]
-        return {**loaded, "data": self.scaling.apply(values), "index": index}
+        return {**loaded, "data": self._to_model(values), "index": index}
 
     def load(self, indices: Indices, draws: BoundDraws) -> Batch:
         """Return latents as they are stored, or moments and noise for them, with labels and indices.
@@ -95,7 +95,10 @@ class StoredLatents(Dataset):
         if self.kind == "moments":
             mean, deviation = moments(values)
             values = mean + deviation * loaded[POSTERIOR]
-        return {**rest, "data": self.scaling.apply(values)}
+        return {**rest, "data": self._to_model(values)}
+
+    def _to_model(self, values: Tensor) -> Tensor:
+        return self.scaling.apply(values)
 
     def _set_scaling(self, scaling: Scaling, **autoencoder: Any) -> None:
         """Take a scaling, and tell of it in ``latents_of`` beside what else is known of the autoencoder."""
@@ -133,7 +136,7 @@ class StoredLatents(Dataset):
         return {"mean": mean.tolist(), "std": deviation.tolist(), "range": ends, "over": over}
 
     def _statistics_rows(self) -> NDArray[np.int64]:
-        return Draws(0).permutation("statistics", len(self))[:_STATISTICS]
+        return Draws(0).permutation("statistics", len(self))[:STATISTICS]
 
     @property
     def manifest(self) -> dict[str, Any]:
