@@ -15,7 +15,7 @@ from pathline import backbones, data, encoders, interpolants, objectives, solver
 from pathline.core import overrides
 from pathline.core.errors import ConfigurationError, PathlineError, suggest
 from pathline.core.registry import Entry, Registry
-from pathline.core.sections import Checkpoint, Ema, Guard, Log, Optim, Sample, Section, Train
+from pathline.core.sections import Checkpoint, Ema, Evaluation, Guard, Log, Optim, Sample, Section, Train
 from pathline.encoders import autoencoders
 from pathline.solvers import guidance
 
@@ -48,6 +48,7 @@ class Configuration(Section):
     log: Log = Log()
     checkpoint: Checkpoint = Checkpoint()
     sample: Sample = Sample()
+    evaluation: Evaluation = Evaluation()
 
     def to_yaml(self) -> str:
         """Return the configuration as YAML that ``load`` reads back to the same."""
@@ -254,6 +255,11 @@ def _contradictions(c: Configuration) -> Iterator[str]:
     yield from _optimizer_contradictions(c.optim, train.steps)
     yield from _average_contradictions(c.ema, train.steps)
     yield from _sample_contradictions(c.sample, c.ema.names)
+    if not c.evaluation.metrics:
+        yield "evaluation.metrics: got none; name one or more, as frechet"
+    for name in c.evaluation.averages:
+        if name not in c.ema.names:
+            yield f"evaluation.averages: got {name!r}; {suggest(name, c.ema.names)}"
 
 
 def _optimizer_contradictions(optim: Optim, steps: int) -> Iterator[str]:

@@ -198,7 +198,7 @@ class Evaluation(Section):
 
     every: Positive | None = None
     count: Annotated[int, Field(ge=2, strict=True)] = 1000
-    metrics: Annotated[tuple[MetricSpec, ...], Field(min_length=1)] = ("frechet",)
+    metrics: tuple[MetricSpec, ...] = ("frechet",)
     reference: Text | None = None
     features: dict[str, dict[str, Any]] = Field(default_factory=dict)
     averages: tuple[Text, ...] = ()

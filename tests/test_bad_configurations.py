@@ -132,6 +132,18 @@ SECTIONS = [
     ("sample.output=x.png", "sample.output", "ends in .npz"),
     ("sample.average=ema-0.05 ema.lengths=[0.05]", "sample.average", "did you mean 'ema-0.050'?"),
     ("sample.average=''", "sample.average", "at least 1 character"),
+    # --- evaluation in training
+    ("evaluation=10", "evaluation", "got 10"),
+    ("evaluation.every=0", "evaluation.every", "greater than or equal to 1"),
+    ("evaluation.count=1", "evaluation.count", "greater than or equal to 2"),
+    ("evaluation.metrics=[]", "evaluation.metrics", "name one or more"),
+    ("evaluation.metrics=[3]", "evaluation.metrics.0", "expected a name, as fid"),
+    ("evaluation.reference=''", "evaluation.reference", "at least 1 character"),
+    ("evaluation.features=[inception]", "evaluation.features", "dictionary"),
+    ("evaluation.averages=[ema-0.1]", "evaluation.averages", "did you mean 'ema'?"),
+    ("evaluation.labels=all", "evaluation.labels", "expected balanced, random, none"),
+    ("evaluation.seed=-1", "evaluation.seed", "greater than or equal to 0"),
+    ("evaluation.batch=0", "evaluation.batch", "greater than or equal to 1"),
 ]
 COMPONENTS = [
     ("bakbone=sit", "bakbone", "did you mean 'backbone'?"),

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from pathline.data import Digits
-from pathline.training import log, loop
+from pathline.training import log, loop, sampling, sinks
 from pathline.training.step import take_step
 
 spec = importlib.util.spec_from_file_location("faults", Path(__file__).with_name("faults.py"))
@@ -151,15 +151,15 @@ def test_another_configuration_or_data_set_is_refused_with_the_difference(words,
 
 
 def dead_board() -> None:
-    log._Board.write = raising(RuntimeError("no event file"))
+    sinks._Board.write = raising(RuntimeError("no event file"))
 
 
 def unmade_board() -> None:
-    log._Board.__init__ = raising(ImportError("half an installation"))
+    sinks._Board.__init__ = raising(ImportError("half an installation"))
 
 
 def dead_bar() -> None:
-    log._Bar.advance = raising(BrokenPipeError(32, "Broken pipe"))
+    sinks._Bar.advance = raising(BrokenPipeError(32, "Broken pipe"))
 
 
 def raising(error: Exception) -> Callable:
@@ -181,7 +181,7 @@ def closed_pipe_and_bad_news() -> None:
     """There is something to say: a save that fails, and a picture that cannot be drawn."""
     closed_pipe()
     loop.Writer._store = failing_at(4, loop.Writer._store)
-    loop.sampling.draw_picture = failing_at(8, loop.sampling.draw_picture, raised=OSError(5, "no picture"))
+    sampling.draw_picture = failing_at(8, sampling.draw_picture, raised=OSError(5, "no picture"))
 
 
 def failing_at(step: int, inner: Callable, raised: Exception | None = None) -> Callable:

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from pathline.core import sections
 from pathline.core.checks import require
+from pathline.training.sinks import Sink, makers
 
-__all__ = ["Log", "check_sinks", "mean_over_last_steps", "read_rows", "warn"]
+__all__ = ["Log", "Rows", "check_sinks", "encoded", "mean_over_last_steps", "read_rows", "tell", "warn"]
 
 KEPT = 1000  # rows that wait in memory while their file cannot be written
 DEFAULTS = sections.Log()
-PATIENCE = {"finish_timeout": 60.0, "finish_timeout_raises": True}  # seconds; by itself wandb waits for ever
 Configured = Mapping[str, Any] | None
 
 
@@ -55,14 +51,9 @@ class Log:
         self, folder: Path, start: int, steps: int, settings: sections.Log = DEFAULTS, configuration: Configured = None
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._rows = _Rows(folder / "metrics.jsonl", start)
-        makers: dict[str, Callable[[], _Sink]] = {"the progress bar": partial(_Bar, start, steps)}
-        if settings.tensorboard and importlib.util.find_spec("tensorboard") is not None:
-            makers["TensorBoard"] = partial(_Board, folder / "tensorboard", start)
-        if settings.wandb is not None:
-            makers["Weights & Biases"] = partial(_WeightsAndBiases, folder, settings.wandb, configuration or {})
-        self._sinks: dict[str, _Sink] = {}
-        for name, make in makers.items():
+        self._rows = Rows(folder / "metrics.jsonl", start)
+        self._sinks: dict[str, Sink] = {}
+        for name, make in makers(folder, start, steps, settings, configuration or {}).items():
             try:
                 self._sinks[name] = make()
             except Exception as error:  # whatever another package raises
@@ -74,8 +65,11 @@ class Log:
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Write one row of numbers and lists of them; ``step`` is among its entries."""
-        finite = {key: _finite(value) for key, value in row.items()}
-        self._rows.write(json.dumps(finite).encode() + b"\n")
+        self._rows.write(encoded(row))
+        self._tell("write", row)
+
+    def show(self, row: Mapping[str, Any]) -> None:
+        """Show numbers of a step, as ``write`` takes them, where rows go besides ``metrics.jsonl``."""
         self._tell("write", row)
 
     def rewind(self, step: int) -> None:
@@ -101,9 +95,9 @@ class Log:
             self._sinks.pop(name).close()
 
 
-def read_rows(folder: Path) -> list[dict[str, Any]]:
-    """Return the rows of a run's ``metrics.jsonl``, but for one cut short by a kill; what was not finite is None."""
-    path = folder / "metrics.jsonl"
+def read_rows(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    """Return the rows of a file of a run, but for one cut short by a kill; what was not finite is None."""
+    path = folder / name
     lines = path.read_bytes().splitlines() if path.exists() else []
     return [json.loads(line) for line in lines if _step(line) < math.inf]
 
@@ -119,8 +113,16 @@ def mean_over_last_steps(rows: list[dict[str, Any]], name: str, steps: int) -> t
     return total / max(1, covered), covered
 
 
-class _Rows:
-    """The lines of ``metrics.jsonl``. What cannot be written waits, and is tried again with every row."""
+class Rows:
+    """Lines of a file, each with its step. What cannot be written waits, and is tried again with every row.
+
+    Args:
+        path: of the file.
+        start: step restored; later lines are set aside, in ``….superseded.jsonl``.
+
+    Raises:
+        OSError: the file cannot be written at the start; later on nothing is raised.
+    """
 
     def __init__(self, path: Path, start: int) -> None:
         self._path, self._lost, self._warned = path, 0, False
@@ -129,18 +131,22 @@ class _Rows:
         _cut(path, start)
         path.open("ab").close()
 
-    def write(self, line: bytes) -> None:
-        self._lost += len(self._waiting) == KEPT
-        self._waiting.append(line)
+    def write(self, *lines: bytes) -> None:
+        """Append lines, as ``encoded`` makes them, all at once."""
+        for line in lines:
+            self._lost += len(self._waiting) == KEPT
+            self._waiting.append(line)
         self._flush()
 
     def rewind(self, step: int) -> None:
+        """Set lines of later steps aside."""
         self._flush()
         self._waiting = deque((line for line in self._waiting if _step(line) <= step), KEPT)
         self._late = step if self._late is None else min(step, self._late)
         self._flush()
 
     def close(self) -> None:
+        """Write what waits, for the last time."""
         self._flush()
         if lost := self._lost + len(self._waiting):
             warn(f"{lost} rows of {self._path} could not be written and are lost")
@@ -159,100 +165,18 @@ class _Rows:
             self._warned = True
 
 
-class _Sink:
-    """A place besides ``metrics.jsonl`` that is told what happens. It may raise: it is left out then."""
-
-    def advance(self) -> None: ...
-    def write(self, row: Mapping[str, Any]) -> None: ...
-    def rewind(self, step: int) -> None: ...
-    def close(self) -> None: ...
-
-
-class _Bar(_Sink):
-    """The progress bar, on stderr."""
-
-    def __init__(self, start: int, steps: int) -> None:
-        interval = 0.5 if sys.stderr.isatty() else 30.0  # seconds; few states where they are written to a file
-        self._bar = tqdm(total=steps, initial=start, desc="training", unit="step", mininterval=interval)
-
-    def advance(self) -> None:
-        self._bar.update()
-
-    def write(self, row: Mapping[str, Any]) -> None:
-        shown = {key: row[key] for key in ("loss", "images_per_second") if row.get(key) is not None}
-        self._bar.set_postfix({key: f"{value:.4g}" for key, value in shown.items()}, refresh=False)
-
-    def rewind(self, step: int) -> None:
-        self._bar.n = self._bar.last_print_n = step
-        self._bar.refresh()
-
-    def close(self) -> None:
-        self._bar.close()
-
-
-class _Board(_Sink):
-    """TensorBoard."""
-
-    def __init__(self, folder: Path, start: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # a slow import of an optional package
-
-        self._writer: Any = SummaryWriter(str(folder), purge_step=start + 1)
-
-    def write(self, row: Mapping[str, Any]) -> None:
-        for key, value in _scalars(row):
-            self._writer.add_scalar(key, value, row["step"])
-        self._writer.flush()
-
-    def rewind(self, step: int) -> None:
-        events = require("tensorboard.compat.proto.event_pb2", "log")
-        began = events.SessionLog(status=events.SessionLog.START)  # readers forget what has its step or a later one
-        self._writer.file_writer.add_event(events.Event(session_log=began), step + 1)
-        self._writer.flush()
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-class _WeightsAndBiases(_Sink):
-    """Weights & Biases; the run's folder notes its name there, under which a resumed run goes on."""
-
-    def __init__(self, folder: Path, project: str, configuration: Mapping[str, Any]) -> None:
-        note = folder / "wandb.txt"
-        self._run: Any = require("wandb", "wandb").init(
-            project=project,
-            dir=str(folder),
-            name=folder.name,
-            id=note.read_text().strip() if note.exists() else None,
-            resume="allow",
-            config=dict(configuration),
-            allow_val_change=True,
-            settings=PATIENCE,
-        )
-        note.write_text(f"{self._run.id}\n")
-        self._run.define_metric("step")
-        self._run.define_metric("*", step_metric="step")
-
-    def write(self, row: Mapping[str, Any]) -> None:
-        self._run.log({"step": row["step"], **dict(_scalars(row))})
-
-    def close(self) -> None:
-        self._run.finish()
+def encoded(row: Mapping[str, Any]) -> bytes:
+    """Return a row as a line of JSON; what is not finite is null."""
+    return json.dumps(_finite(row)).encode() + b"\n"
 
 
 def _finite(value: Any) -> Any:
     """Put None, JSON's null, in the place of what is not finite."""
-    if isinstance(value, list):
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
-    return value if value is not None and math.isfinite(value) else None
-
-
-def _scalars(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """Yield a row's numbers by name, the step aside, those of a list numbered; empty bins are left out."""
-    for key, value in row.items():
-        if isinstance(value, list):
-            yield from ((f"{key}/{i}", item) for i, item in enumerate(value) if _finite(item) is not None)
-        elif value is not None and key != "step":
-            yield key, value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _append(path: Path, content: bytes) -> None:
@@ -295,5 +219,10 @@ def _step(line: bytes) -> float:
 
 def warn(line: str) -> None:
     """Print a warning to stderr, if anybody still hears it; whether or not, nothing is raised."""
+    tell(f"warning: {line}")
+
+
+def tell(line: str) -> None:
+    """Print a line to stderr, below the progress bar, as ``warn`` does."""
     with suppress(OSError, ValueError):  # stderr may be the very pipe that broke
-        print(f"\nwarning: {line}", file=sys.stderr, flush=True)  # below the progress bar
+        print(f"\n{line}", file=sys.stderr, flush=True)

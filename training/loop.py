@@ -15,10 +15,11 @@ from lightning_fabric import Fabric
 
 from pathline import __version__
 from pathline.core.config import Configuration
-from pathline.core.errors import DivergedError, PathlineError, ProcessError
-from pathline.training import incidents, sampling
+from pathline.core.errors import DivergedError, ProcessError
+from pathline.training import incidents
 from pathline.training.checkpoints import Keep, Snapshot, path_of
 from pathline.training.devices import Agreement, garbage_on_schedule, launch, losses_named, make_fabric
+from pathline.training.evaluation import Evaluations, draw_picture, is_picture_due
 from pathline.training.folder import RunFolder
 from pathline.training.log import Log, warn
 from pathline.training.optim import learning_rate
@@ -73,6 +74,7 @@ class Trainer:
         self.parts = parts or build(configuration)
         self.folder = Path(configuration.train.folder)
         self.state = State(self.parts, fabric, self.agreement)
+        self._evaluations = Evaluations(self.state)
         self._claimed = False
         self._log: Log | None = None
         self._writer: AnyWriter | None = None
@@ -162,6 +164,7 @@ class Trainer:
         with ExitStack() as closing:  # from the last to the first
             if log is not None:
                 closing.callback(log.close)
+            closing.callback(self._evaluations.close)
             closing.callback(self._tell_failures)
             for writer in writers:
                 if writer is not None:
@@ -174,6 +177,7 @@ class Trainer:
         leave_history_after(self.folder, state.step)
         incidents.cut(self.folder, state.step + state.passed)
         self._log = Log(self.folder, state.step, c.train.steps, c.log, c.model_dump(mode="json"))
+        self._evaluations.open(self.folder, self._log)
 
     def _new_writer(self, name: str, keep: Keep) -> AnyWriter | None:
         train, asynchronous = self.configuration.train, self.configuration.checkpoint.asynchronous
@@ -186,13 +190,14 @@ class Trainer:
         end = min(c.train.steps, c.train.stop_at or c.train.steps)
         if state.step:  # what ended the run before may have come between its checkpoint and these
             self._store_averages()
-            self._picture(end)
+            self._show(end)
         while state.step < end or state.streak >= c.guard.rollback_after:
             if state.streak >= c.guard.rollback_after:
                 self._roll_back()
             take_step(state)
             if self._log is not None:
                 self._log.advance()
+            self._evaluations.poll()
             if state.step % c.log.every == 0 or state.step == c.train.steps:
                 self._write_row()
             if state.step % c.train.collect_garbage_every == 0:
@@ -203,7 +208,7 @@ class Trainer:
             self._store_averages()
             if leave:
                 self._leave(leave)
-            self._picture(end)
+            self._show(end)
 
     def _write_row(self) -> None:
         """Read the window's means, once for all devices, and write them down."""
@@ -316,26 +321,15 @@ class Trainer:
         state.passed, state.rollbacks, state.rolled_to = tried - state.step, count, state.step
         if self._log is not None:
             self._log.rewind(state.step)
+            self._evaluations.rewind(state.step)
             warn(f"{why}; going on from {path.name} with the samples after them")
 
-    def _picture_due(self, end: int) -> bool:
-        every, step = self.configuration.log.pictures_every, self.state.step
-        drawable = self.parts.dataset.shape[0] in (1, 3)  # latents are not
-        return drawable and (step == end or (every is not None and step % every == 0))
-
-    def _picture(self, end: int) -> None:
-        """Draw samples with an average, if that is due, in all processes alike; the first writes them down."""
-        if not self._picture_due(end):
-            return
-        network = self.state.averages.network(self.configuration.sample.average)
-        with self.state.window.spending("other"):
-            try:
-                drawn = sampling.draw_picture(self.parts, network)
-                if self.fabric.is_global_zero:
-                    sampling.save_picture(drawn, self.folder, self.state.step)
-            except (PathlineError, OSError, torch.OutOfMemoryError) as error:
-                if self.fabric.is_global_zero:
-                    warn(f"no picture at step {self.state.step}: {error}")
+    def _show(self, end: int) -> None:
+        """Draw a picture, and evaluate, if these are due; in all processes alike."""
+        if is_picture_due(self.parts, self.state.step, end):
+            draw_picture(self.state, self.folder)
+        if self._evaluations.is_due(self.configuration.train.steps):
+            self._evaluations.run(self.folder)
 
 
 def _claim(folder: RunFolder, needed: int) -> None:
