@@ -2,6 +2,7 @@
 
 from pathline.metrics import features, models
 from pathline.metrics.base import Metric, Real, Record, Reference, registry
+from pathline.metrics.bits import BitsPerDimension
 from pathline.metrics.feature_distance import FeatureDistance
 from pathline.metrics.frechet import Frechet, FrechetInception, SpatialFrechet
 from pathline.metrics.inception import Inception
@@ -15,6 +16,7 @@ from pathline.metrics.vision import VisionTransformer
 register, build, names = registry.register, registry.build, registry.names
 
 __all__ = [
+    "BitsPerDimension",
     "FeatureDistance",
     "Frechet",
     "FrechetInception",

@@ -118,7 +118,8 @@ class Frechet(Metric):
         features: the feature space.
         groups: G ≥ 2 of a delete-a-group jackknife for a standard error: sample i is in group i mod G, each group is
             left out once, and the error is √((G−1)/G·Σ(dᵢ − d̄)²). It tells of the samples' draw alone, not of the
-            training's seed nor of the bias with N, and costs G more distances. 0: none.
+            training's seed nor of the bias with N; of samples that cannot be told from the reference it is up to √2
+            too large. It costs G more distances. 0: none.
 
     Raises:
         InputError: a feature space without the output, or one group.

@@ -135,6 +135,7 @@ class ModelMetric(ABC):
         metric: what is measured, with its options; see ``ModelRecord``, as for the other two.
         title: what stands above the plot.
         ordered: whether the rows follow an order, as layers do; they are then coloured along it.
+        by_time: whether times are what it is measured at; any other is built by its name alone.
     """
 
     metric: str
@@ -142,6 +143,7 @@ class ModelMetric(ABC):
     unit: str
     title: ClassVar[str]
     ordered: ClassVar[bool] = False
+    by_time: ClassVar[bool] = True
 
     def __init__(self) -> None:
         self._times, self._names = torch.zeros(0), ()
@@ -263,7 +265,12 @@ class ModelMetric(ABC):
 
 
 registry: Registry[ModelMetric] = Registry("metric of a model", "metrics.models", ModelMetric)
-register, build, names = registry.register, registry.build, registry.names
+register, build = registry.register, registry.build
+
+
+def names() -> list[str]:
+    """Return the metrics that are measured by time, sorted: what an analysis takes unless others are named."""
+    return [entry.name for entry in registry if getattr(entry.factory, "by_time", True)]
 
 
 def table(record: ModelRecord) -> str:

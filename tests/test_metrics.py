@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import math
-import warnings
 from typing import ClassVar
 
 import numpy as np
@@ -10,19 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from pathline import Draws, InputError, InputTypeError, PathlineError, data, metrics
-from pathline.metrics import features
+from pathline import Draws, Flow, InputError, InputTypeError, PathlineError, backbones, data, interpolants, metrics
+from pathline.metrics import features, models
 from pathline.metrics.base import Real
 from pathline.metrics.evaluation import Evaluation
-from pathline.metrics.frechet import Moments, frechet_distance
 from pathline.metrics.neighbours import nearest, precision_recall, two_sample_accuracy
 from pathline.metrics.report import Judge, table
-
-
-def moments(x):
-    found = Moments()
-    found.update(x)
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -33,96 +25,6 @@ def judge(real):
 @pytest.fixture(scope="module")
 def real():
     return Real.of("digits")
-
-
-# --- Fréchet distance ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("offset", [0.0, 1e4])
-def test_moments_by_chunks_against_numpy(offset):
-    x = torch.randn(997, 5, dtype=torch.float64) @ torch.randn(5, 5, dtype=torch.float64) + offset
-    whole, first, second = Moments(), Moments(), Moments()
-    for chunk in x.split(100):
-        whole.update(chunk)
-    first.update(x[:300])
-    second.update(x[300:])
-    first.merge(second)
-    first.merge(Moments())
-    first.update(x[:0])
-    for found in (whole, first):
-        assert found.count == 997
-        assert np.allclose(found.mean.numpy(), x.numpy().mean(0), rtol=1e-13)
-        assert np.allclose(found.covariance.numpy(), np.cov(x.numpy().T), rtol=1e-9, atol=1e-11)
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_features_that_are_not_finite(value):
-    with pytest.raises(InputError, match="NaN or infinite values in features"):
-        moments(torch.tensor([[0.0, 1.0, 2.0], [3.0, value, 4.0]]))
-
-
-def exact_moments(mean, covariance):
-    found = Moments()
-    found.count, found.mean, found.scatter = 10**6, mean, covariance * (10**6 - 1)
-    return found
-
-
-def test_distance_of_commuting_gaussians_in_closed_form():
-    """For covariances with common axes, tr(Σ₁ + Σ₂ − 2(Σ₁Σ₂)^½) = Σ (√λ₁ − √λ₂)²."""
-    axes = torch.linalg.qr(torch.randn(7, 7, dtype=torch.float64)).Q
-    first, second = torch.rand(2, 7, dtype=torch.float64) + 0.1
-    mean = torch.randn(2, 7, dtype=torch.float64)
-    distance = frechet_distance(
-        exact_moments(mean[0], axes * first @ axes.T), exact_moments(mean[1], axes * second @ axes.T)
-    )
-    expected = (mean[0] - mean[1]).square().sum() + (first.sqrt() - second.sqrt()).square().sum()
-    assert distance == pytest.approx(float(expected), rel=1e-12)
-
-
-@pytest.mark.parametrize(("count", "dimension"), [(500, 6), (200, 37)])
-def test_distance_against_scipy(count, dimension):
-    linalg = pytest.importorskip("scipy.linalg")
-    x, y = (
-        torch.randn(count, dimension, dtype=torch.float64) @ torch.randn(dimension, dimension).double() for _ in "ab"
-    )
-    one, two = np.cov(x.numpy().T), np.cov(y.numpy().T)
-    shift = x.numpy().mean(0) - y.numpy().mean(0)
-    expected = shift @ shift + np.trace(one + two - 2 * np.real(linalg.sqrtm(one @ two)))
-    assert frechet_distance(moments(x), moments(y)) == pytest.approx(expected, rel=1e-9)
-
-
-def test_rank_deficient_and_equal_sets():
-    """Truth for any rank: tr (Σ₁Σ₂)^½ is the nuclear norm of X₁ᵀ... formed from the centred samples themselves."""
-    x, y = torch.randn(2, 23, 60, dtype=torch.float64)
-    y = 1.7 * y + 0.3
-    centred = [(z - z.mean(0)) / math.sqrt(22) for z in (x, y)]
-    cross = torch.linalg.svdvals(centred[0] @ centred[1].T).sum()
-    expected = (x.mean(0) - y.mean(0)).square().sum() + sum(z.square().sum() for z in centred) - 2 * cross
-    with pytest.warns(UserWarning, match="23 samples for 60 features: the distance is biased upwards"):
-        assert frechet_distance(moments(x), moments(y)) == pytest.approx(float(expected), rel=1e-10)
-        assert frechet_distance(moments(x), moments(x)) == pytest.approx(0, abs=1e-11)
-    digits = data.build("digits", split="all").batch(range(1797))["data"].flatten(1)
-    assert torch.linalg.matrix_rank(moments(digits).covariance) == 61  # three pixels are always empty
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert 0 <= frechet_distance(moments(digits), moments(digits)) < 1e-9
-
-
-def test_dead_features_do_no_harm():
-    x, y = torch.randn(2, 50, 4, dtype=torch.float64)
-    wide = [torch.cat((z, torch.ones(50, 3, dtype=torch.float64)), dim=1) for z in (x, y)]
-    assert frechet_distance(*map(moments, wide)) == pytest.approx(frechet_distance(moments(x), moments(y)), rel=1e-9)
-
-
-def test_too_few_samples():
-    with pytest.raises(InputError, match="got 1 samples, expected at least 2"):
-        _ = moments(torch.zeros(1, 3)).covariance
-
-
-def test_what_is_no_covariance():
-    saddle = exact_moments(torch.zeros(2).double(), torch.tensor([1.0, -1.0]).double().diag())
-    with pytest.raises(InputError, match="got a Fréchet distance of -2, expected 0 or more; a covariance has negative"):
-        frechet_distance(saddle, saddle)
 
 
 # --- feature spaces -----------------------------------------------------------------------------------------------
@@ -414,7 +316,7 @@ def test_a_feature_space_sees_a_batch_once(real):
         ([{"features": "pca"}], "got a metric without a name"),
         ([{"name": "frechet", "group": 3}], "has no option 'group'; did you mean 'groups'"),
         (["sfid:pca"], "got the feature space pca, which gives features, for SpatialFrechet, which is of spatial"),
-        ([{"name": "frechet", "groups": 1}], "got groups 1, expected 0, or 2 and more"),
+        ([{"name": "frechet", "features": "pixels", "groups": 1}], "got groups 1, expected 0, or 2 and more"),
     ],
 )
 def test_what_an_evaluation_refuses(names, message, real):
@@ -444,7 +346,8 @@ def test_samples_by_number_come_once_and_all_have_one(real):
         evaluation.compute()
 
 
-def test_levels_and_floats_are_one(real):
+def test_levels_and_floats_are_one(real, monkeypatch):
+    monkeypatch.setattr(features.DigitsCNN, "_train", lambda *_: None)  # random weights will do
     levels = torch.randint(0, 256, (9, 1, 8, 8), dtype=torch.uint8)
     floats = levels / 127.5 - 1
     assert torch.equal(features.as_levels(floats), levels) and torch.equal(features.as_levels(levels), levels)
@@ -456,3 +359,61 @@ def test_levels_and_floats_are_one(real):
     for evaluation, images in zip(pair, (levels, floats), strict=True):
         evaluation.update(images)
     assert figures_of(pair[0].compute()) == figures_of(pair[1].compute())
+
+
+# --- bits per dimension -------------------------------------------------------------------------------------------
+
+
+def bits(flow, x, **options):
+    metric = models.build("bits-per-dimension", solver={"name": "dopri5", "rtol": 1e-7, "atol": 1e-7}, **options)
+    for first, last in ((0, 4), (4, len(x))):
+        metric.update(flow, {"data": x[first:last]}, Draws(5).at(range(first, last)))
+    return metric
+
+
+def log_density(x, mean, std):
+    return torch.distributions.Normal(mean, std).log_prob(x.double()).flatten(1).mean(1)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_bits_of_a_gaussian(exact, gaussian):
+    """Continuous data: −log₂ p(x)/D of the normal law itself; with one probe too, as its divergence is the same."""
+    truth = gaussian(mean=0.3, std=0.5)
+    x = 0.3 + 0.5 * torch.randn(11, 2, 3)
+    metric = bits(truth.flow(), x, levels=None, exact=exact)
+    row = metric.compute().row("bits per dimension")
+    expected = -log_density(x, 0.3, 0.5) / math.log(2)
+    assert row.mean == pytest.approx(float(expected.mean()), abs=1e-4)
+    assert row.error == pytest.approx(float(expected.std() / math.sqrt(11)), rel=1e-3)
+    assert metric.compute().row("network calls").mean >= 6
+    assert ("exact divergence" in metric.metric) == exact
+
+
+def test_bits_of_levels(gaussian):
+    """Each value gets uniform noise over its bin of width 2/16, and its density times that width is a probability."""
+    truth = gaussian(mean=0.1, std=0.4)
+    x = (((0.1 + 0.4 * torch.randn(9, 2, 3)).clamp(-1, 1) + 1) * 8).round() / 8 - 1
+    found = bits(truth.flow(), x, levels=17).compute().row("bits per dimension").mean
+    noised = x + (Draws(5).uniform("dequantization", range(9), (2, 3)) - 0.5) / 8
+    expected = -(log_density(noised, 0.1, 0.4) + math.log(1 / 8)) / math.log(2)
+    assert found == pytest.approx(float(expected.mean()), abs=1e-4)
+    with pytest.raises(InputError, match="expected one of 256 levels"):
+        bits(truth.flow(), x)
+
+
+def test_bits_by_name_and_what_they_refuse(gaussian):
+    assert "bits-per-dimension" not in models.names() and "bits-per-dimension" in models.registry.names()
+    said = models.build("bits-per-dimension").metric
+    assert said == "bits-per-dimension, 256 levels, uniformly dequantised, dopri5, 1 Rademacher probe"
+    for options in ({"levels": 1}, {"interval": (1.0, -1.0)}, {"probes": 0}):
+        with pytest.raises(InputError, match=f"got {next(iter(options))}"):
+            models.build("bits-per-dimension", **options)
+    bridge = Flow(backbones.wrap(lambda x, t: x), interpolants.build("bridge"))
+    with pytest.raises(InputError, match="got a flow on the .* path, which has no likelihood here"):
+        bits(bridge, torch.zeros(5, 3), levels=None)
+    pyplot = pytest.importorskip("matplotlib.figure")
+    axes = pyplot.Figure().subplots()
+    metric = bits(gaussian().flow(), torch.randn(7, 3), levels=None)
+    metric.plot(axes)
+    drawn = axes.lines[0].get_ydata()
+    assert drawn[0] == metric.compute().row("bits per dimension").mean
