@@ -11,36 +11,27 @@ R side of the images.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from datetime import timedelta
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import PIL
 import torch
 import yaml
 from lightning_fabric import Fabric
-from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
-from lightning_fabric.strategies.ddp import DDPStrategy
-from lightning_fabric.utilities.exceptions import MisconfigurationException
 from lightning_fabric.utilities.rank_zero import rank_zero_only
 
 from pathline import encoders
-from pathline.core.errors import ConfigurationError, DataError, PathlineError, ProcessError
+from pathline.core.errors import ConfigurationError, DataError, InputError, PathlineError, ProcessError
 from pathline.core.registry import Registry
-from pathline.data import sources
-from pathline.data.crop import CROP
 from pathline.data.prepare_encoding import Encoding
 from pathline.data.prepare_images import chosen_images
-from pathline.data.prepare_manifest import Manifest, Request
+from pathline.data.prepare_machine import launched, settle
+from pathline.data.prepare_manifest import Manifest
+from pathline.data.prepare_request import Options, request_of
 from pathline.data.prepare_shards import Folder
 from pathline.data.prepare_work import Work
-from pathline.data.sources import ImageSource
+from pathline.data.sources import ImageSource, source_of
 from pathline.encoders import Encoder, autoencoders
 from pathline.encoders.autoencoders import Autoencoder
 
@@ -48,47 +39,6 @@ __all__ = ["Options", "main", "prepare"]
 
 TOGETHER = 16  # images encoded at once: always the same ones, so that no bit depends on the processes
 LOST, INTERRUPTED = 70, 75  # exit codes, those of training
-
-
-@dataclass(frozen=True)
-class Options:
-    """What is asked for beside source, autoencoder and encoders.
-
-    Attributes:
-        resolution: side R of the images.
-        flip: whether the mirror image is encoded as well.
-        images: whether pixels are stored beside latents.
-        rows_per_shard: images of a shard.
-        dtype: of stored latents.
-        seed: of the choice that ``limit`` makes.
-        limit: number of images to prepare; None for all.
-        on_error: ``stop`` at an image that cannot be read or stored, or ``drop`` it and write its name down.
-        licence: a note to keep with the data.
-    """
-
-    resolution: int
-    flip: bool = False
-    images: bool = False
-    rows_per_shard: int = 50_000
-    dtype: str = "float16"
-    seed: int = 0
-    limit: int | None = None
-    on_error: str = "stop"
-    licence: str | None = None
-
-    def check(self, *, pixels: bool) -> None:
-        """Raise ConfigurationError for values that cannot be, or have no effect."""
-        numbers = {"resolution": self.resolution, "rows-per-shard": self.rows_per_shard, "limit": self.limit}
-        for name, value in numbers.items():
-            if value is not None and value < 1:
-                raise ConfigurationError(f"got --{name} {value}, expected 1 or more")
-        if not 0 <= self.seed < 2**64:
-            raise ConfigurationError(f"got --seed {self.seed}, expected 0 <= seed < 2**64")
-        if pixels and (self.images or self.dtype != "float16"):
-            raise ConfigurationError(
-                f"got {'--images' if self.images else '--dtype ' + self.dtype} without an autoencoder: pixels are "
-                "stored then, in uint8; leave it out"
-            )
 
 
 def prepare(
@@ -123,10 +73,18 @@ def prepare(
     if not len(source):
         raise DataError("got a source without images, expected some; check its path")
     numbers = chosen_images(len(source), options.limit, options.seed)
-    request = _request(source, len(numbers), options, autoencoder, given, fabric.device.type)
+    request = request_of(
+        source,
+        len(numbers),
+        options,
+        None if autoencoder is None else autoencoder.manifest,
+        {name: {"component": entry, "encoder": encoder.manifest} for name, (entry, encoder) in given.items()},
+        together=min(TOGETHER, getattr(autoencoder, "slices", TOGETHER)),
+        device=fabric.device.type,
+    )
     folder = Folder(output, request)
     if autoencoder is not None:
-        autoencoder.latent_shape(options.resolution)  # refuses one that it does not take
+        _check_scaling(autoencoder, options.resolution)
         autoencoder.to(fabric.device)
     encoding = Encoding(
         None if autoencoder is None else autoencoder.moments,
@@ -139,42 +97,27 @@ def prepare(
     return Work(source, numbers, request, encoding, folder, fabric, batch).run()
 
 
-def _request(
-    source: ImageSource,
-    count: int,
-    options: Options,
-    autoencoder: Autoencoder | None,
-    features: Mapping[str, tuple[Mapping[str, Any], Encoder]],
-    device: str,
-) -> Request:
-    libraries = {"pathline": version("pathline"), "torch": torch.__version__}
-    told = {
-        "source": source.manifest,
-        "count": count,
-        "limit": options.limit,
-        "seed": options.seed,
-        "resolution": options.resolution,
-        "crop": {"algorithm": CROP, "pillow": PIL.__version__},
-        "flip": options.flip,
-        "images": options.images,
-        "dtype": options.dtype,
-        "rows_per_shard": options.rows_per_shard,
-        "on_error": options.on_error,
-        "autoencoder": None if autoencoder is None else autoencoder.manifest,
-        "encoders": {name: {"component": entry, "encoder": it.manifest} for name, (entry, it) in features.items()},
-        "encoded_together": min(TOGETHER, getattr(autoencoder, "slices", TOGETHER)),
-        "device": device,
-        "licence": options.licence,
-        "creator": libraries,
-    }
-    return Request.model_validate(json.loads(json.dumps(told, default=dict)))
+def _check_scaling(autoencoder: Autoencoder, resolution: int) -> None:
+    """Check that an autoencoder takes a resolution, and scales as its manifest says, which is all that is kept.
+
+    Raises:
+        InputError: it does not.
+    """
+    shape, told = autoencoder.latent_shape(resolution), autoencoder.manifest["scaling"]
+    z = torch.linspace(-3, 3, 7).reshape(-1, 1, 1, 1).expand(-1, *shape)
+    mean, std = (torch.tensor(told[key])[:, None, None] for key in ("mean", "std"))
+    if not torch.allclose(autoencoder.to_model(z).cpu(), (z - mean) / std, rtol=1e-4, atol=1e-5):
+        raise InputError(
+            f"got the autoencoder {autoencoder.manifest['name']}, whose to_model is not (z - mean)/std of the scaling "
+            "in its manifest; correct one of them"
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code: 0, 2 for a wrong input, 70 for a lost process, 75 if interrupted."""
     given = _parser().parse_args(arguments)
     try:
-        fabric = _launched(given.devices, given.accelerator)
+        fabric = launched(given.devices, given.accelerator)
         manifest = _run(given, fabric)
     except KeyboardInterrupt:
         if _is_first():
@@ -198,7 +141,7 @@ def _run(given: argparse.Namespace, fabric: Fabric) -> Manifest:
     """Build what the command names, and prepare."""
     if given.batch < 1:
         raise ConfigurationError(f"got --batch {given.batch}, expected 1 or more")
-    _settle(fabric.device)
+    settle(fabric.device)
     names = ("resolution", "flip", "images", "rows_per_shard", "dtype", "seed", "limit", "on_error", "licence")
     options = Options(**{name: getattr(given, name) for name in names})
     autoencoder = None if given.autoencoder is None else autoencoders.build(_component(given.autoencoder))
@@ -210,7 +153,7 @@ def _run(given: argparse.Namespace, fabric: Fabric) -> Manifest:
             raise ConfigurationError(f"got --encoder {entry['name']} twice, expected each once")
         features[entry["name"]] = entry, encoders.build(entry)
     return prepare(
-        _source(given.source),
+        source_of(given.source, _component(given.kind)),
         given.output,
         options,
         autoencoder=autoencoder,
@@ -218,41 +161,6 @@ def _run(given: argparse.Namespace, fabric: Fabric) -> Manifest:
         fabric=fabric,
         batch=given.batch,
     )
-
-
-def _settle(device: torch.device) -> None:
-    """Let networks give the same bits on every process and machine of a kind."""
-    if device.type == "cpu":
-        torch.set_num_threads(1)  # sums are cut up by threads; --devices brings more cores to work
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
-
-
-def _launched(devices: int, accelerator: str) -> Fabric:
-    """Return Fabric with the processes that were asked for, or those that ``torchrun`` started.
-
-    Raises:
-        ConfigurationError: there are no such devices.
-        ProcessError: the others did not come.
-    """
-    nodes = 1
-    if TorchElasticEnvironment.detect():
-        devices = int(os.environ["LOCAL_WORLD_SIZE"])
-        nodes = int(os.environ["WORLD_SIZE"]) // devices
-    # processes only wait for one another, by way of the hosts: for as long as the slowest one takes
-    several = DDPStrategy(process_group_backend="gloo", timeout=timedelta(days=7))
-    try:
-        strategy = several if devices * nodes > 1 else "auto"
-        fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=nodes, strategy=strategy)
-        fabric.launch()
-    except (ValueError, MisconfigurationException) as error:
-        raise ConfigurationError(
-            f"got --devices {devices} --accelerator {accelerator}, of which Fabric says: {error}"
-        ) from error
-    except RuntimeError as error:
-        raise ProcessError(f"got no contact with the other processes: {error}; start all of them") from error
-    return fabric
 
 
 def _is_first() -> bool:
@@ -288,13 +196,6 @@ def _filled(component: Mapping[str, Any], registry: Registry[Any]) -> dict[str, 
     return {**defaults, **component}
 
 
-def _source(text: str) -> ImageSource:
-    """Return the source that a path or a component means."""
-    if (not text.startswith("{") and "," not in text) or Path(text).exists():
-        return sources.build("folder", path=text)
-    return sources.build(_component(text))
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pathline.data.prepare",
@@ -303,9 +204,15 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Components are written as name, as name,option=value,option=value, or as {name: …, option: value}.",
     )
     add = parser.add_argument
-    add("source", help="folder or archive of images, or a component, as cifar,path=cifar-10-binary.tar.gz")
+    add("source", help="folder or archive of images")
     add("output", type=Path, help="folder to write, for data {name: prepared, path: OUTPUT}")
     add("--resolution", type=int, required=True, help="side of the square that images are cropped to")
+    add(
+        "--kind",
+        metavar="COMPONENT",
+        default="auto",
+        help="what the source is, as cifar,labels=coarse or auto,exif=true",
+    )
     add("--autoencoder", metavar="COMPONENT", help="as sd-vae-ft-ema; without one, pixels are stored")
     add(
         "--encoder",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import importlib
 import importlib.util
 import json
 import os
@@ -16,9 +17,11 @@ import pytest
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.strategies.ddp import DDPStrategy
-from safetensors.torch import load_file
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
-from pathline import ConfigurationError, DataError, Draws, InputError
+from pathline import ConfigurationError, DataError, Draws, InputError, data, encoders
+from pathline.core.errors import PathlineError
 from pathline.data import prepare as command
 from pathline.data.crop import centre_crop
 from pathline.data.prepare import Options, prepare
@@ -149,6 +152,24 @@ def test_bytes_are_the_same_of_two_processes(processes, tmp_path):
     assert reads == [[*range(17), 34, 35, 36], list(range(17, 34))]  # every second shard each, and none twice
     prepare(Pictures(), tmp_path / "one", FULL, autoencoder=Coder(), features=FEATURES)
     assert preparing.contents(tmp_path / "two") == preparing.contents(tmp_path / "one")
+
+
+def test_a_process_that_fails_is_noticed_by_the_others(processes, tmp_path):
+    def work(broken):
+        fabric = Fabric(accelerator="cpu", devices=2, strategy=DDPStrategy(process_group_backend="gloo"))
+        fabric.launch()
+        try:
+            prepare(Pictures(broken=broken), tmp_path, FULL, autoencoder=Coder(), features=FEATURES, fabric=fabric)
+        except PathlineError as error:
+            return f"{type(error).__name__}: {error}"
+
+    ended = processes(2, work, [20])
+    first, second = ended.checked()
+    assert first.startswith("ProcessError: lost contact with another process")
+    assert second == "DataError: got 020.png, which is truncated"
+    assert sorted(os.listdir(tmp_path)) == ["journal", "shard-00000.safetensors", "shard-00002.safetensors"]
+    assert processes(2, work, []).checked() == [None, None]
+    assert manifest_of(tmp_path)["count"] == 37
 
 
 def test_a_choice_is_made_by_the_seed(tmp_path):
@@ -304,6 +325,18 @@ def test_a_disk_that_is_too_full_is_refused_before_anything_is_encoded(monkeypat
     prepare(source, tmp_path, Options(R))
 
 
+def test_an_autoencoder_that_scales_otherwise_than_it_tells_is_refused(tmp_path):
+    """Of its scaling the manifest alone is kept."""
+
+    class Doubled(Coder):
+        def to_model(self, z):
+            return 2 * super().to_model(z)
+
+    with pytest.raises(InputError, match="got the autoencoder coder, whose to_model is not"):
+        prepare(Pictures(), tmp_path / "out", Options(R), autoencoder=Doubled())
+    assert not (tmp_path / "out").exists()
+
+
 def test_options_that_cannot_be(tmp_path):
     for options, coder, error, said in (
         (Options(0), None, ConfigurationError, "got --resolution 0, expected 1 or more"),
@@ -344,12 +377,14 @@ def test_the_command_packs_a_folder(pictures, tmp_path, capsys):
     assert command.main([*words, "--seed", "1"]) == 2
     assert "begun with another request (seed: 0 -> 1)" in capsys.readouterr().err
     (pictures / "a" / "0.png").write_bytes(b"no image")
-    words = [f"folder,path={pictures},exif=true", str(tmp_path / "other"), "--resolution", "10"]
+    words = [str(pictures), str(tmp_path / "other"), "--resolution", "10", "--kind", "folder,exif=true"]
     assert command.main(words) == 2
     assert f"error: got {pictures / 'a' / '0.png'}" in capsys.readouterr().err
     words[1] = str(tmp_path / "dropped")
     assert command.main([*words, "--on-error", "drop"]) == 0
     assert capsys.readouterr().out.startswith("4 images, 1 left out: 1 shards")
+    rules = manifest_of(tmp_path / "dropped")["request"]["source"]["decoding"]
+    assert rules["exif orientation"] == "applied"
 
 
 @pytest.mark.parametrize(
@@ -360,6 +395,7 @@ def test_the_command_packs_a_folder(pictures, tmp_path, capsys):
         (["--autoencoder", "{nam: x}"], "expected a name, or {name: …, option: value}"),
         (["--autoencoder", "none-such"], "unknown autoencoder 'none-such'"),
         (["--encoder", "none-such"], "unknown encoder 'none-such'"),
+        (["--kind", "none-such"], "unknown image source 'none-such'"),
         (["--batch", "0"], "got --batch 0, expected 1 or more"),
         (["--images"], "got --images without an autoencoder"),
         (["--devices", "0"], "got --devices 0"),
@@ -380,3 +416,31 @@ def test_every_image_is_read_once(tmp_path):
     source = Pictures()
     prepare(source, tmp_path, FULL, autoencoder=Coder(), features=FEATURES, batch=3)
     assert sorted(source.reads) == list(range(37))
+
+
+@pytest.mark.usefixtures("torchvision_operators")
+def test_the_command_with_networks_of_diffusers_and_timm(pictures, tmp_path, capsys):
+    """Random weights of small ones; training takes tokens and latents as their manifests say."""
+    diffusers, timm = (importlib.import_module(name) for name in ("diffusers", "timm"))
+    torch.manual_seed(3)
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    vae = diffusers.AutoencoderKL(**blocks, block_out_channels=[4, 8], norm_num_groups=2, latent_channels=5)
+    vae.save_pretrained(tmp_path / "vae")
+    save_file(timm.create_model("test_vit", num_classes=0).state_dict(), tmp_path / "vit.safetensors")
+    words = [str(pictures), str(tmp_path / "out"), "--resolution", "32", "--flip", "--rows-per-shard", "3"]
+    words += ["--autoencoder", f"diffusers,model={tmp_path / 'vae'}"]
+    words += ["--encoder", f"{{name: timm, model: test_vit, weights: {tmp_path / 'vit.safetensors'}}}"]
+    assert command.main(words) == 0, capsys.readouterr().err
+    dataset = data.build("prepared", path=str(tmp_path / "out"))
+    images = [centre_crop(Image.open(path), 32) for path in sorted(pictures.rglob("*.png"))]
+    shown = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        expected = 0.18215 * vae.eval().encode(shown / 127.5 - 1).latent_dist.mean
+    torch.testing.assert_close(dataset.batch(range(5))["data"], expected, rtol=1e-3, atol=1e-4)
+    entry = {"name": "timm", "model": "test_vit", "weights": str(tmp_path / "vit.safetensors"), "resolution": 32}
+    entry |= {"final_norm": True, "resize": False}
+    source = encoders.Cached(tmp_path / "out", {**entry, "cache": str(tmp_path / "out")}, dataset)
+    tokens = source.tokens(dataset.batch(range(5)), torch.device("cpu"))
+    torch.testing.assert_close(tokens, encoders.build(entry)(shown), rtol=1e-3, atol=1e-3)
+    with pytest.raises(DataError, match=r"features of another timm \(final_norm True -> False\)"):
+        encoders.Cached(tmp_path / "out", {**entry, "final_norm": False}, dataset)
