@@ -33,8 +33,8 @@ class Latents(Dataset):
     Keys: ``latents`` (n, C, H, W) or ``moments`` (n, 2C, H, W); ``labels`` (n,) of type int32 or int64, which
     unlabelled data do without; ``images`` (n, 3, R, R) of type uint8, where they are asked for; others are not read.
     Of moments the first half, the mean of an autoencoder's posterior, is taken. The other half is never read: it is the
-    logarithm of the variance or the standard deviation, and such files do not say which. Data ``prepared``, ``repa`` and
-    others know, and draw from the posterior; folders of ``prepared`` are refused here, for they tell their scaling.
+    logarithm of the variance or the standard deviation, and such files do not say which. Data ``prepared`` or ``repa``
+    know, and draw from the posterior; folders of ``prepared`` are refused here, for they tell their scaling.
 
     Rows are counted through all files, sorted by name. Nothing is copied before it is asked for, and no value of the
     latents is checked: what is not finite makes training skip the step.
