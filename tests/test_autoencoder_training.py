@@ -7,14 +7,17 @@ import importlib
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from pathline import data
 from pathline.core import listing
 from pathline.core.config import load, resolve
 from pathline.core.errors import CheckpointError, ConfigurationError, DataError
+from pathline.data import prepare, sources
 from pathline.encoders import autoencoders
 from pathline.training import Trainer, checkpoints, sampling
 from pathline.training.described import Described, read_trained, samples_of
@@ -351,3 +354,41 @@ def test_released_weights_are_decoded_by_a_word(vae, parity, tmp_path):
     assert not parts.can_draw and channels == 4
     _, parts = sampling.load(path, [*words, "autoencoder=sd-vae-ft-ema", f"autoencoder.model={vae()}"])
     assert parts.images(torch.zeros(2, channels, height, width)).shape == (2, 3, 2 * height, 2 * width)
+
+
+def test_from_images_to_latents_to_samples_that_are_images(vae, tmp_path):
+    """Prepared by an autoencoder, trained with it, and drawn without the data; another one is refused."""
+    for number, label in enumerate("aabab"):
+        (tmp_path / "images" / label).mkdir(parents=True, exist_ok=True)
+        picture = torch.randint(256, (12, 12, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(number))
+        Image.fromarray(picture.numpy()).save(tmp_path / "images" / label / f"{number}.png")
+    folder, packed = vae(), tmp_path / "packed"
+    words = [str(tmp_path / "images"), str(packed), "--resolution", "12", "--dtype", "float32"]
+    assert prepare.main([*words, "--autoencoder", f"sd-vae-ft-ema,model={folder}"]) == 0
+    network = {**entries(tmp_path, "digits")["backbone"], "num_classes": 2}
+    given = {"name": "prepared", "path": str(packed), "posterior": "mean"}
+    parts = build(resolve(entries(tmp_path, given, named(folder), backbone=network)))
+    autoencoder = parts.autoencoder
+    stored = parts.dataset.batch([3])["data"]
+    source = sources.build("folder", path=str(tmp_path / "images"))
+    pixels = torch.from_numpy(np.asarray(source.read(3)).copy()).permute(2, 0, 1)[None]
+    torch.testing.assert_close(stored, autoencoder.to_model(autoencoder.moments(pixels).mean), rtol=1e-5, atol=1e-6)
+    other = vae("other", seed=5)
+    assert "is another than the latents are of (sha256" in refusal(tmp_path, given, named(other), backbone=network)
+    checkpoint = trained(tmp_path / "run", given, named(folder), backbone=network)
+    shutil.rmtree(packed)
+    _, parts = sampling.load(checkpoint, [])
+    assert parts.dataset.latents_of["sha256"] == autoencoder.manifest["sha256"]
+    assert parts.images(stored).shape == (1, 3, 12, 12)
+
+
+def test_pictures_of_training_are_decoded(vae, latents, tmp_path):
+    """The first sample of ``samples.png``, enlarged threefold behind a gap of one pixel."""
+    folder = vae()
+    checkpoint = trained(tmp_path / "run", latents(manifest(folder)), named(folder))
+    _, parts = sampling.load(checkpoint, [])
+    x = sampling.solve(parts, parts.backbone, torch.arange(10).repeat_interleave(10), 100, 0, 100).x[:1]
+    wanted = (parts.images(x)[0].clamp(-1, 1) * 127.5 + 127.5).round().permute(1, 2, 0)
+    with Image.open(tmp_path / "run" / "samples.png") as picture:
+        found = torch.from_numpy(np.asarray(picture).copy())[3:39:3, 3:39:3].float()
+    assert found.shape == (12, 12, 3) and float((found - wanted).abs().max()) <= 1 and len(found.unique()) > 9
