@@ -313,7 +313,8 @@ def test_features_and_labels_are_joined_by_number_and_taken_as_they_are(workers,
     assert batch["label"].dtype == torch.int64 and dataset.batch([])["data"].shape == (0, *SHAPE)
     for visit in dataset.batches(3, 2, 0):
         assert torch.equal(visit["data"], dataset.batch(visit["index"])["data"])
-    assert dataset.latents_of["scaling"]["std"] == [1.0] * 3
+    assert dataset.latents_of["scaling"]["std"] == [1 / 0.18215] * 3  # of the autoencoder's own latents
+    assert dataset.manifest["scaling"]["std"] == [1.0] * 3  # of what is stored
 
 
 def test_features_without_their_axis_of_one_and_in_half(features):

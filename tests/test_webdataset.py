@@ -118,6 +118,7 @@ def test_latents_and_labels_come_from_files_and_commands(scheme, shards, tmp_pat
         assert batch["label"][row] == 3 * i % 11 and batch["index"][row] == i
     assert batch["data"].dtype == torch.float32 and batch["label"].dtype == torch.int64
     assert dataset.latents_of["scaling"]["std"] == [2.0] * 4
+    assert build(scheme + pattern(shards), index=str(tmp_path / "index.json")).latents_of is None
 
 
 def test_a_folder_and_lists_mean_their_shards(shards, monkeypatch):
@@ -461,12 +462,32 @@ def test_no_thread_is_left_and_what_is_let_go_unread_is_not_read():
     held.want({"a": range(9)}, forget=lambda _: False)
     held.want({"b": [20]}, forget=lambda who: who == "a")
     gate.set()
-    assert held.get(20) == 20
+    assert held.get(20, "b") == 20
     deadline = time.monotonic() + 10
     while any(thread.name.endswith("(_fill)") for thread in threading.enumerate()) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not [thread for thread in threading.enumerate() if thread.name.endswith("(_fill)")]
     assert len(read) <= 5 and set(held._futures) == {20}
+
+
+@pytest.mark.parametrize("streams", [1, 4])
+def test_several_threads_may_ask_at_once(streams, shards, monkeypatch):
+    monkeypatch.setattr(
+        "pathline.data.layouts.streams._STREAMS", streams
+    )  # with one, some are let go before they begin
+    dataset, wrong = build(shards, workers=1), []
+
+    def ask(seed: int) -> None:
+        for index in np.random.default_rng(seed).integers(0, 28, 60).tolist():
+            if dataset.batch([index])["label"].tolist() != [3 * index % 11]:
+                wrong.append(index)
+
+    threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert not wrong and not any(thread.is_alive() for thread in threads)
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from pathline.data.layouts.trees import numbered, same_keys
 
 __all__ = ["FastDit"]
 
+FACTOR = 0.18215  # by which its program scales what it stores
 _FILES = re.compile(r"(\d+)\.npy")
 
 
@@ -59,9 +60,10 @@ class FastDit(StoredLatents):
         self._check_sizes()
         channels, height, width = self._latent(self._names[0]).shape
         self.shape = (channels, height, width)
-        self._set_scaling(
-            Scaling((0.0,) * channels, (1.0,) * channels, "scaled before they were stored"), input_range=[-1, 1]
-        )
+        zeros = (0.0,) * channels
+        self._set_scaling(Scaling(zeros, (1.0,) * channels, "scaled before they were stored"))
+        made = {"mean": list(zeros), "std": [1 / FACTOR] * channels, "source": "fast-DiT's extraction"}
+        self.latents_of = {"input_range": [-1, 1], "scaling": made}
 
     def __len__(self) -> int:
         return len(self._names)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from typing import Generic, TypeVar
 
 __all__ = ["Held"]
@@ -38,32 +38,43 @@ class Held(Generic[T]):
             wanted: numbers by who wants them, in place of those that the same had wanted before.
             forget: whether what another had wanted before is wanted no longer.
         """
-        if self._process != os.getpid():  # after a fork the threads are gone
-            self._reset()
+        self._check_process()
         with self._lock:
-            kept = {who: numbers for who, numbers in self._wanted.items() if who not in wanted and not forget(who)}
-            self._wanted = {**kept, **{who: tuple(numbers) for who, numbers in wanted.items()}}
-            needed = dict.fromkeys(number for numbers in self._wanted.values() for number in numbers)
-            for number in self._futures.keys() - needed.keys():
-                self._futures.pop(number).cancel()
-            for number in needed:
-                if number not in self._futures:
-                    self._begin(number)
+            self._update(wanted, forget)
 
-    def get(self, number: int) -> T:
-        """Return a thing that is wanted; waits until it is read.
+    def get(self, number: int, who: Hashable) -> T:
+        """Return a thing, which then is all that ``who`` wants; waits until it is read.
 
         Raises:
             Exception: what reading it raised; it is read anew when it is wanted the next time.
         """
-        with self._lock:
-            future = self._futures[number]
-        try:
-            return future.result()
-        except Exception:
+        self._check_process()
+        while True:
             with self._lock:
-                self._futures = {n: other for n, other in self._futures.items() if other is not future}
-            raise
+                self._update({who: (number,)}, lambda _: False)
+                future = self._futures[number]
+            try:
+                return future.result()
+            except CancelledError:  # another thread let go of it before it was begun
+                continue
+            except Exception:
+                with self._lock:
+                    self._futures = {n: other for n, other in self._futures.items() if other is not future}
+                raise
+
+    def _check_process(self) -> None:
+        if self._process != os.getpid():  # after a fork the threads are gone
+            self._reset()
+
+    def _update(self, wanted: Mapping[Hashable, Iterable[int]], forget: Callable[[Hashable], bool]) -> None:
+        kept = {who: numbers for who, numbers in self._wanted.items() if who not in wanted and not forget(who)}
+        self._wanted = {**kept, **{who: tuple(numbers) for who, numbers in wanted.items()}}
+        needed = dict.fromkeys(number for numbers in self._wanted.values() for number in numbers)
+        for number in self._futures.keys() - needed.keys():
+            self._futures.pop(number).cancel()
+        for number in needed:
+            if number not in self._futures:
+                self._begin(number)
 
     def _begin(self, number: int) -> None:
         future: Future[T] = Future()

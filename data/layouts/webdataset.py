@@ -59,7 +59,8 @@ class WebDataset(StoredLatents):
             arrays (2C, H, W), mean and standard deviation, of which a sample is drawn at each visit.
         num_classes: class labels 0 … num_classes − 1; 0 for data without labels.
         resolution: side of images; None is 256.
-        scale: factor of latents; None is 1.
+        scale: factor of latents that were stored unscaled, by which the run's autoencoder is compared; None is 1 and
+            says nothing of it.
         flip: whether images are mirrored at every second visit or so.
         index: path of the index; None is ``shardindex.json`` beside shards that lie in one folder.
         label: entry of ``key.json`` that is the label, for samples without ``key.cls``.
@@ -112,8 +113,9 @@ class WebDataset(StoredLatents):
         if self.data_are_images:
             self.scaling = Scaling((127.5,) * 3, (127.5,) * 3, "levels a are a/127.5 − 1")
         else:
-            factor = 1.0 if scale is None else float(scale)
-            self._set_scaling(Scaling.by(factor, self.shape[0], "option scale"))
+            self._set_scaling(Scaling.by(1.0 if scale is None else float(scale), self.shape[0], "option scale"))
+            if scale is None:  # they may have been scaled before they were stored
+                self.latents_of = None
 
     def __len__(self) -> int:
         return self.order.count
@@ -168,8 +170,7 @@ class WebDataset(StoredLatents):
         holders = np.searchsorted(self._ends, index, side="right")
         chosen: dict[int, Sample] = {}
         for shard in np.unique(holders).tolist():
-            self._held.want({"batch": [shard]}, forget=lambda _: False)
-            found = self._held.get(shard)
+            found = self._held.get(shard, "batch")
             first = self._ends[shard] - len(found)
             chosen |= {row: found[index[row] - first] for row in np.flatnonzero(holders == shard).tolist()}
         rows = [chosen[row] for row in range(len(index))]
