@@ -1,6 +1,7 @@
 """Draw samples: ``python sample.py RUN_OR_CHECKPOINT [solver.name=heun] [sample.count=50000] …``.
 
 Weights that other programs released are sampled from their file: ``python sample.py released.pt weights.family=sit …``.
+``--sweep solver.steps=5,10,25 guidance.0.scale=1,1.5 --metrics frechet`` draws and measures every combination.
 """
 
 from __future__ import annotations
@@ -15,11 +16,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pathline
-from pathline.core.errors import PathlineError, ProcessError
+from pathline.core.config import Configuration
+from pathline.core.errors import ConfigurationError, PathlineError, ProcessError
 from pathline.training import trained
 from pathline.training.drawing import Stopped, Written, draw
 from pathline.training.names import default_name
 from pathline.training.record import Order
+from pathline.training.sweeps import Judges, Sweep, points
+from pathline.training.swept import save, table
 from pathline.training.workers import Told, Workers, settle
 
 WRONG, LOST, STOPPED, AT_ONCE = 2, 70, 75, 130
@@ -41,10 +45,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("model", help="a run's folder, a checkpoint, exported weights, or a released file (.pt)")
     parser.add_argument("entries", nargs="*", metavar="entry=value", help="as solver.name=heun or guidance.0.scale=1.5")
+    parser.add_argument(
+        "--sweep",
+        nargs="+",
+        metavar="entry=value,value",
+        help="draw every combination, as solver.steps=5,10,25 guidance.0.interval=[0,0.5],[0.2,0.7]",
+    )
+    parser.add_argument("--metrics", metavar="NAME,NAME", help="measure each drawing of a sweep, as evaluate.py does")
+    parser.add_argument("--reference", help="what those compare with; else the training data's name")
+    parser.add_argument("--into", type=Path, metavar="FOLDER", help="of a sweep; else sweep in the run's folder")
     given = parser.parse_intermixed_args(arguments)
     try:
         with _terminated_as_interrupted():
-            return sample(Path(given.model), given.entries)
+            return sweep(given) if given.sweep else sample(given)
     except KeyboardInterrupt:
         return _say("stopped: nothing was written", AT_ONCE)
     except Told:
@@ -68,22 +81,66 @@ def _terminated_as_interrupted() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def sample(model: Path, entries: Sequence[str]) -> int:
+def sample(given: argparse.Namespace) -> int:
     """Draw, write, and print what it cost; return the exit code."""
+    for name in ("metrics", "reference", "into"):
+        if getattr(given, name) is not None:
+            raise ConfigurationError(f"got --{name} without --sweep, which it is of; measure samples by evaluate.py")
     cpu = time.process_time()
-    weights = trained.find(model, lambda line: print(f"warning: {line}", file=sys.stderr))
-    configuration, parts = trained.load(weights, entries)
+    weights = trained.find(Path(given.model), _warn)
+    configuration, parts = trained.load(weights, given.entries)
     settle(configuration)
     workers = Workers(configuration.sample.devices)
     output = Path(configuration.sample.output or _beside(weights) / default_name(configuration))
     try:
         done = draw(Order(configuration, parts, weights, output, pathline.__version__), workers)
     except Stopped as stop:
-        return workers.code(_say(str(stop), STOPPED) if workers.rank == 0 else STOPPED)
+        return _stopped(stop, workers)
     if workers.rank == 0:
         print(f"{_cost(done)} ({time.process_time() - cpu:.1f} CPU s with loading and writing)")
         print(("wrote " if done.drawn else "found ") + ", ".join(map(str, done.paths)))
     return 0
+
+
+def sweep(given: argparse.Namespace) -> int:
+    """Draw and measure every combination, print a table, and write it with a plot; return the exit code."""
+    weights = trained.find(Path(given.model), _warn)
+    plan = Sweep(
+        weights, given.entries, points(given.sweep), given.into or _beside(weights) / "sweep", pathline.__version__
+    )
+    configuration = plan.check()
+    settle(configuration)
+    workers = Workers(configuration.sample.devices)
+    judges = _judges(given, configuration, workers)
+    paths: list[Path] = []
+    try:
+        for found in plan.run(workers, judges):
+            if workers.rank == 0:
+                paths = save(found, plan.folder)
+    except Stopped as stop:
+        return _stopped(stop, workers)
+    if workers.rank == 0:
+        print(f"{table(found)}\nwrote {', '.join(map(str, paths))}")
+        for line in dict.fromkeys(line for entry in found for line in entry.warnings):
+            _warn(line)
+        if judges is not None and paths[-1].suffix != ".png":
+            print("no sweep.png without matplotlib: pip install 'pathline[log]'")
+    return 0
+
+
+def _judges(given: argparse.Namespace, configuration: Configuration, workers: Workers) -> Judges | None:
+    """Return, in the first process, what measures; what is wrong with it is told before anything is drawn."""
+    if given.metrics is None:
+        return None
+    built: list[Judges] = []
+    names = [name for name in given.metrics.split(",") if name]
+    reference = given.reference or configuration.data["name"]
+    workers.first(lambda: built.append(Judges.of(names, reference, workers.device)))
+    return built[0] if built else None
+
+
+def _stopped(stop: Stopped, workers: Workers) -> int:
+    return workers.code(_say(str(stop), STOPPED) if workers.rank == 0 else STOPPED)
 
 
 def _beside(weights: Path) -> Path:
@@ -99,6 +156,10 @@ def _cost(done: Written) -> str:
         f"{record['count']:,} samples by {record['solver']['name']}, NFE {record['nfe']}{blocks} each, in "
         f"{record['seconds']:.1f} s{there}"
     )
+
+
+def _warn(line: str) -> None:
+    print(f"warning: {line}", file=sys.stderr)
 
 
 def _say(words: str, code: int) -> int:
