@@ -129,6 +129,13 @@ def test_of_an_animation_the_first_frame(kind):
     assert (found == [250, 10, 5]).all()
 
 
+def test_of_several_pictures_in_one_jpeg_the_first():
+    """Cameras keep a preview or a second eye's picture behind it."""
+    first, second = Image.new("RGB", (16, 8), (200, 20, 20)), Image.new("RGB", (8, 16))
+    found = pixels(encoded(first, "MPO", save_all=True, append_images=[second]))
+    assert found.shape == (8, 16, 3) and np.abs(found - [200, 20, 20]).max() <= 2
+
+
 def test_exif_is_applied_where_it_is_asked_for():
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera lay on its side: turn by 90° clockwise

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -54,7 +53,7 @@ class HuggingFace(EncodedSource):
             raise DataError(f"got no images in split {split} of {path}; name another split")
         datasets = require("datasets", "datasets")
         self._rows: Any = found.select_columns([self.column]).cast_column(self.column, datasets.Image(decode=False))
-        self._told = {"split": split, "options": given, "version": version("datasets")}
+        self._told = {"split": split, "options": given}
         super().__init__(Path(path), keys, labels, exif=exif)
 
     def content(self, index: int) -> bytes:
@@ -72,7 +71,7 @@ class HuggingFace(EncodedSource):
 
     @cached_property
     def manifest(self) -> dict[str, Any]:
-        """What other sources of image files tell, the split, options of loading and the library's version."""
+        """What other sources of image files tell, the split and options of loading."""
         return {**super().manifest, **self._told}
 
 

@@ -30,6 +30,7 @@ class TorchVision(ImageSource):
     """A data set of ``torchvision.datasets`` whose samples are pairs of an image and a class.
 
     How its files are read is torchvision's affair: that of CIFAR-10, for one, unpickles files whose checksums it knows.
+    Samples are asked for by several threads at once, where the one who asks has several.
 
     Args:
         path: root of the files.
@@ -70,7 +71,7 @@ class TorchVision(ImageSource):
 
     @cached_property
     def manifest(self) -> dict[str, Any]:
-        """Name, class and its options, number of images and classes, hash of labels, version of torchvision."""
+        """Name, class and its options, number of images and classes, hash of labels."""
         return {
             "name": "torchvision",
             "dataset": self.dataset,
@@ -78,7 +79,6 @@ class TorchVision(ImageSource):
             "count": len(self),
             "num_classes": len(self.class_names),
             "sha256": fingerprint(self.keys, self.labels),
-            "version": version("torchvision"),
         }
 
     def _name(self, index: int) -> str:
