@@ -159,7 +159,7 @@ def test_two_processes_sweep_together(processes, run, tmp_path):
     [
         (["--sweep", "solver.steps=1,0"], "at solver.steps=0: "),
         (
-            ["--sweep", "solver.name=euler,huen"],
+            ["--sweep", "solver.name=heun,huen"],
             "at solver.name=huen: ",
         ),
         (["--sweep", "solver.stps=1,2"], "has no such option"),
