@@ -22,8 +22,7 @@ from pathline import data, metrics
 from pathline.core import overrides
 from pathline.core.errors import ConfigurationError, DataError, PathlineError, UnknownNameError, suggest
 from pathline.core.flow import Flow
-from pathline.metrics import Record, models, results
-from pathline.metrics.base import Real, Reference
+from pathline.metrics import Real, Record, Reference, models, results
 from pathline.metrics.evaluation import Evaluation, component
 from pathline.metrics.report import Judge, measure_model, measure_samples, summary, table
 from pathline.metrics.results import Result
@@ -32,7 +31,7 @@ from pathline.training import sampling
 from pathline.training.released import ReleasedConfiguration
 from pathline.training.trained import average_of, identity
 
-ADM = "fid,sfid,inception-score,precision-recall"  # what a table of ImageNet holds
+ADM = ("fid", "sfid", "inception-score", "precision-recall")  # what a table of ImageNet holds
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -66,8 +65,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--reference",
         "--data",
-        default="digits",
-        help="a data set by name, statistics (.npz of ADM or .safetensors), images in a folder or .npz",
+        help="a data set by name, statistics (.npz of ADM or .safetensors), images in a folder or .npz; without "
+        "metrics digits",
     )
     parser.add_argument(
         "--features",
@@ -103,7 +102,6 @@ def _measure(given: argparse.Namespace) -> None:
     cpu = time.process_time()
     torch.set_num_threads(given.threads)
     warnings.filterwarnings("ignore", module="pathline.metrics.frechet")  # records have it, and are told with the file
-    torch.backends.cudnn.allow_tf32 = False  # features of less precision are of another network
     names = None if given.metrics is None else [name for name in given.metrics.split(",") if name]
     if given.batch < 1 or (given.count is not None and given.count < 1):
         raise ConfigurationError(f"got count {given.count} and batch {given.batch}, expected 1 or more")
@@ -137,17 +135,16 @@ def _are_of_models(names: Sequence[str]) -> bool:
 
 def _measure_samples(given: argparse.Namespace, names: Sequence[str] | None) -> None:
     read = [Samples.of(Path(name)) for name in given.samples]
-    reference = Reference.of(given.reference)
+    named = given.reference or ("digits" if names is None else None)
+    reference = None if named is None else Reference.of(named)
     for samples in read:
         _check(reference, samples)
     if names is None and isinstance(reference, Real):
         _judge(reference, read, given.count)
         return
-    device = _device(given)
-    options = _options(given.features)
+    evaluation = Evaluation(names or ADM, reference, _device(given), features=_options(given.features))
     for samples in read:
-        evaluation = Evaluation(names or ADM.split(","), reference, device, features=options)
-        records = measure_samples(evaluation, samples, given.count or samples.count, given.batch)
+        records = measure_samples(evaluation.fresh(), samples, given.count or samples.count, given.batch)
         _report(samples, records)
 
 
@@ -181,9 +178,11 @@ def _report(samples: Samples, records: Sequence[Record], **more: Any) -> None:
     )
 
 
-def _check(reference: Reference, samples: Samples) -> None:
-    """Check samples against the reference, all labels included; a DataError names the file."""
-    for images, labels in samples.batches(256):
+def _check(reference: Reference | None, samples: Samples) -> None:
+    """Check samples against the reference, beside a small set all of their labels; a DataError names the file."""
+    if reference is None:
+        return
+    for images, labels in samples.batches(256, None if isinstance(reference, Real) else 1):
         try:
             reference.check({"data": images} if labels is None else {"data": images, "label": labels})
         except PathlineError as error:

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from pathline import data
+from pathline import Draws, Flow, data, metrics
+from pathline.core.config import resolve
 from pathline.evaluate import main as evaluate
 from pathline.metrics import features
+from pathline.training import Trainer, sampling
 
 
 def write(path, **changes):
@@ -105,4 +107,121 @@ def test_evaluate_refuses_a_damaged_record(content, message, tmp_path, capsys):
 
 def test_evaluate_refuses_unknown_data(tmp_path, capsys):
     assert evaluate([write(tmp_path / "samples.npz"), "--data", "faces"]) == 2
-    assert "unknown data set 'faces'" in capsys.readouterr().err
+    assert "got faces as a reference, which is neither a data set" in capsys.readouterr().err
+
+
+# --- metrics by name -------------------------------------------------------------------------------------------------
+
+
+def colours(path, count, size=(5, 7), seed=0, **more):
+    images = np.random.default_rng(seed).integers(0, 256, (count, *size, 3), np.uint8)
+    np.savez(path, arr_0=images, **more)
+    return images
+
+
+class Flat(features.Features):
+    """Values in [-1, 1], which need no data to be fitted to."""
+
+    name = "flat"
+
+    def __init__(self):
+        self.sizes = {"features": 105}
+        self.manifest = {"name": "flat", "sizes": self.sizes}
+
+    def __call__(self, images):
+        return features.as_floats(images).flatten(1).double()
+
+
+@pytest.fixture(autouse=True)
+def flat(monkeypatch):
+    monkeypatch.setattr(features.registry, "_entries", dict(features.registry._entries))
+    features.register("flat")(Flat)
+
+
+def records(path):
+    return json.loads(path.with_suffix(".metrics.json").read_text())["metrics"]
+
+
+def test_named_metrics_on_any_reference_in_batches(tmp_path, capsys):
+    """The distance of flat pixels to those of another file, by numpy's covariances."""
+    images, others = colours(tmp_path / "a.npz", 300), colours(tmp_path / "real.npz", 200, seed=1)
+    words = [str(tmp_path / "a.npz"), "--metrics", "frechet:flat", "--reference", str(tmp_path / "real.npz")]
+    assert evaluate([*words, "--count", "250"]) == 0
+    flat = [x.transpose(0, 3, 1, 2).reshape(len(x), -1) / 127.5 - 1 for x in (images[:250], others)]
+    first, second = (np.cov(x, rowvar=False) for x in flat)
+    trace = np.sqrt(np.linalg.eigvals(first @ second).real.clip(0)).sum()
+    expected = np.square(flat[0].mean(0) - flat[1].mean(0)).sum() + np.trace(first) + np.trace(second) - 2 * trace
+    (record,) = records(tmp_path / "a.npz")
+    assert record["values"]["distance"] == pytest.approx(expected, rel=1e-5) and record["count"] == 250
+    assert record["reference"]["path"] == "real.npz" and record["features"]["name"] == "flat"
+    printed = capsys.readouterr()
+    assert "a.npz: the first 250 of 300 samples" in printed.out and printed.err == ""
+
+
+def test_fewer_samples_than_features_are_warned_of_with_the_file(tmp_path, capsys):
+    colours(tmp_path / "a.npz", 9), colours(tmp_path / "real.npz", 200, seed=1)
+    words = [str(tmp_path / "a.npz"), "--metrics", "frechet:flat", "--reference", str(tmp_path / "real.npz")]
+    assert evaluate(words) == 0
+    said = capsys.readouterr().err
+    assert said.startswith("warning: ") and "a.npz: frechet, flat: 9 samples for 105 features" in said
+    assert records(tmp_path / "a.npz")[0]["warnings"] == ["9 samples for 105 features: the distance is biased upwards"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--metrics", "freschet"], "error: unknown metric 'freschet'; did you mean 'frechet'?"),
+        (["--metrics", "loss-by-tme"], "did you mean 'loss-by-time'?"),
+        (["--metrics", "frechet:flat,loss-by-time"], "got loss-by-time of models beside metrics of samples"),
+        (["--metrics", "frechet:flat"], "got no reference for the metric frechet"),
+        (["--metrics", "frechet:flat", "--reference", "digits"], r"samples of shape .*a\.npz"),
+        (["--metrics", "memorisation", "--reference", "REAL"], "what Memorisation compares with"),
+        (["--metrics", "frechet:flat", "--reference", "REAL", "--count", "13"], r"expected 1 to 12 of .*a\.npz"),
+        (["--metrics", "frechet:flat", "--count", "0"], "got count 0"),
+        (["--metrics", "frechet:flat", "--reference", "OTHER"], r"samples of shape .*a\.npz"),
+        (["--metrics", "frechet:flat", "--reference", "REAL", "--features", "flatt.a=3"], "unknown feature space"),
+        (["--metrics", "frechet:flat", "--reference", "REAL", "--device", "cuda:77"], "got device 'cuda:77'"),
+        (["sample.seed=3"], "got no file at sample.seed=3"),
+    ],
+)
+def test_what_is_wrong_is_named(words, said, tmp_path, capsys):
+    colours(tmp_path / "a.npz", 12)
+    colours(tmp_path / "REAL.npz", 30)
+    colours(tmp_path / "OTHER.npz", 30, (7, 5))
+    named = [str(tmp_path / f"{word}.npz") if word.isupper() else word for word in words]
+    assert evaluate([str(tmp_path / "a.npz"), *named]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: ") and re.search(said, printed)
+    assert not (tmp_path / "a.metrics.json").exists()
+
+
+# --- models ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_is_measured_on_what_it_has_not_seen(tmp_path, capsys):
+    backbone = {"input_size": 8, "patch_size": 4, "in_channels": 1, "hidden_size": 12, "depth": 2, "num_heads": 3}
+    entries = {
+        "data": "digits",
+        "backbone": {"name": "sit", **backbone, "num_classes": 10},
+        "objective": "velocity",
+        "train": {"steps": 2, "global_batch": 6, "folder": str(tmp_path / "run"), "accelerator": "cpu"},
+    }
+    Trainer(resolve(entries)).run()
+    assert evaluate([str(tmp_path / "run"), "--metrics", "loss-by-time", "--count", "30", "--batch", "7"]) == 0
+    printed = capsys.readouterr().out
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-000000002"
+    written = json.loads((tmp_path / "run" / "step-000000002.metrics.json").read_text())
+    _, parts = sampling.load(checkpoint, [])
+    metric = metrics.models.build("loss-by-time")
+    held_out = data.build("digits", split="held-out").batch(range(30))
+    metric.update(Flow(parts.backbone, parts.interpolant), held_out, Draws(0).at(range(30)))
+    (row,) = metric.compute().rows
+    (record,) = written["metrics"]
+    assert record["values"] == pytest.approx({"velocity": row.mean}, rel=1e-5)
+    assert record["uncertainty"] == pytest.approx({"velocity": row.error}, rel=1e-5)
+    assert written["by_time"][0]["rows"][0]["means"] == pytest.approx(row.means, rel=1e-4)
+    assert written["samples"]["checkpoint"]["weights_sha256"] and "loss-by-time, " in printed
+    assert evaluate(["compare", str(tmp_path / "run" / "step-000000002.metrics.json")]) == 0
+    assert f"{row.mean:.4g} ± {row.error:.2g}" in capsys.readouterr().out
+    assert evaluate([str(checkpoint), "data.split=train", "--metrics", "loss-by-time", "--count", "1000"]) == 2
+    assert "expected 2 to 898 samples" in capsys.readouterr().err

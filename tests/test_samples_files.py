@@ -10,6 +10,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from pathline.core.errors import DataError, InputError
 from pathline.metrics.samples import Samples, read_record, read_samples
@@ -106,6 +107,19 @@ def test_a_number_that_is_not_there(count, tmp_path):
     np.savez(tmp_path / "a.npz", arr_0=levels(5))
     with pytest.raises(InputError, match=f"got count {count} .* expected 1 to 5"):
         next(Samples.of(tmp_path / "a.npz").batches(2, count))
+
+
+# --- folders of images -----------------------------------------------------------------------------------------------
+
+
+def test_a_folder_of_images_of_one_size(tmp_path):
+    images = levels(3)
+    for i in range(3):
+        Image.fromarray(images[i]).save(tmp_path / f"{i:06d}.png")
+    read, labels = joined(Samples.of(tmp_path), 2)
+    assert np.array_equal(read, images) and labels is None
+    Image.fromarray(levels(1, (7, 5, 3))[0]).save(tmp_path / "000003.png")
+    assert "000003.png of shape (7, 5, 3)" in refusal(tmp_path)
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ N samples; P processes.
 
 from __future__ import annotations
 
-import copy
 import re
 import time
 from collections.abc import Mapping
@@ -22,9 +21,8 @@ from torch import nn
 from pathline import __version__
 from pathline.core.errors import ConfigurationError, InputError, PathlineError
 from pathline.core.sections import Sample
-from pathline.metrics import Record, features
+from pathline.metrics import Real, Record, Reference, features
 from pathline.metrics.evaluation import Evaluation
-from pathline.metrics.reference import Reference
 from pathline.training import sampling
 from pathline.training.log import Log, Rows, encoded, read_rows, tell, warn
 from pathline.training.parts import Parts
@@ -87,6 +85,7 @@ class Evaluations:
         self._wanted = Sample(count=s.count, labels=s.labels, seed=s.seed, batch=s.batch)
         self._averages = list(s.averages) or state.parts.configuration.ema.names[:1]
         self._template = None if s.every is None else _template(state)
+        self._seen = False  # whether the reference is, which takes a pass over what is no statistics
         self._rows: Rows | None = None
         self._log: Log | None = None
         self._pending: list[_Pending] = []
@@ -157,6 +156,9 @@ class Evaluations:
             drawn |= {"label_law": self._wanted.labels, "rounding": ROUNDING, "version": __version__}
             records = self._thread.submit(_computed, evaluation, others)
             self._pending.append(_Pending(state.step, average, drawn, began, records))
+            if c.train.tf32 and (not self._seen or isinstance(evaluation.reference, Real)):
+                self._wait()  # networks see a reference without TF32, which is a setting of all threads
+            self._seen = True
 
     def _drawn(self, network: nn.Module) -> tuple[Evaluation, int]:
         """Draw a share of the samples and let metrics see it; return these, and a batch's network calls, the most."""
@@ -164,7 +166,8 @@ class Evaluations:
         cut_up = parts.configuration.train.strategy == "fsdp"
         share = range(wanted.count) if cut_up else _share(wanted.count, fabric.global_rank, fabric.world_size)
         labels = sampling.labels_of(wanted, share, getattr(network, "num_classes", 0))
-        evaluation, unseen = _fresh(self._template), None
+        assert self._template is not None  # a schedule has one
+        evaluation, unseen = self._template.fresh(), None
         for ids, images, asked, nfe in sampling.batches(parts, network, labels, share, wanted.seed, wanted.batch):
             most = max(most, nfe)
             if unseen is None and (not cut_up or fabric.is_global_zero):
@@ -225,24 +228,23 @@ def _template(state: State) -> Evaluation:
     try:
         for name in s.features:
             features.registry.entry(name)
-        own = {key: value for key, value in c.data.items() if key != "split"}
-        reference = Reference.of(own if s.reference is None else s.reference)
+        reference = _reference(parts)
         evaluation = Evaluation(s.metrics, reference, state.fabric.device, features=s.features)
-        if parts.autoencoder is None:
+        if reference is not None and parts.autoencoder is None:
             reference.check({"data": torch.zeros(1, *parts.dataset.shape)})
     except (PathlineError, OSError) as error:
         raise ConfigurationError(f"evaluation: {error}") from error
     return evaluation
 
 
-def _fresh(template: Evaluation | None) -> Evaluation:
-    """Return an evaluation of the same metrics and feature networks that has seen nothing."""
-    assert template is not None  # for a schedule there is one
-    fresh = copy.copy(template)
-    fresh.metrics = [copy.copy(metric) for metric in template.metrics]
-    for metric in fresh.metrics:
-        metric.load(metric.state())  # which makes containers of its own
-    return fresh
+def _reference(parts: Parts) -> Reference | None:
+    """Return what samples are compared with; None where the data are latents and nothing is named."""
+    c = parts.configuration
+    if c.evaluation.reference is not None:
+        return Reference.of(c.evaluation.reference)
+    if not parts.dataset.data_are_images:
+        return None
+    return Reference.of({key: value for key, value in c.data.items() if key != "split"})
 
 
 def _packed(evaluation: Evaluation) -> bytes:
