@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +20,7 @@ from lightning_fabric.strategies import DDPStrategy
 
 from pathline import data
 from pathline.core.config import resolve
-from pathline.core.draws import Draws
+from pathline.core.draws import Draws, send
 from pathline.core.errors import DataError
 from pathline.data.base import Batch, Dataset, Indices, as_indices
 from pathline.data.digits.dataset import Digits
@@ -26,6 +29,7 @@ from pathline.training.loading import AHEAD, Loader, Stream, Visit
 from pathline.training.log import read_rows
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parent.parent
 
 
 class Moments(Dataset):
@@ -64,7 +68,8 @@ class Moments(Dataset):
         }
 
     def finish(self, loaded: Batch, draws: Any) -> Batch:
-        drawn = loaded["mean"].float() + loaded["std"].float() * draws.normal("posterior noise", self.shape)
+        noise = send(draws.normal("posterior noise", self.shape), loaded["mean"].device)
+        drawn = loaded["mean"].float() + loaded["std"].float() * noise
         flipped = loaded["flipped"].view(-1, 1, 1, 1)
         return {"data": torch.where(flipped, drawn.flip(3), drawn), "label": loaded["label"], "index": loaded["index"]}
 
@@ -177,6 +182,28 @@ def test_what_was_loaded_ahead_is_dropped_where_training_goes_elsewhere():
         for visit in ours.stream.visits(step):
             assert torch.equal(ours.take(visit)["data"], expected(dataset, visit.positions, 11))
     ours.close()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_batches_come_to_a_device_from_pinned_memory_without_a_wait(in_memory):
+    dataset = Moments()
+    dataset.in_memory = in_memory
+    stream = Stream(11, 5, 5, 3, 0)
+    ours, there = Loader(dataset, stream, CPU), Loader(dataset, stream, torch.device("cuda", 0))
+    visits = [visit for step in range(6) for visit in stream.visits(step)]
+    for visit in visits:
+        wanted = ours.take(visit)
+        torch.cuda.set_sync_debug_mode("error" if visit.step else "default")
+        try:
+            found = there.take(visit)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert found["data"].is_cuda and found["label"].is_cuda and not found["index"].is_cuda
+        assert all(torch.allclose(found[name].cpu(), wanted[name], atol=1e-6) for name in wanted)
+    assert all(values.is_pinned() for name, values in there._load(visits[0]).items() if name != "index")
+    ours.close()
+    there.close()
 
 
 # --- errors and ends -------------------------------------------------------------------------------------------------
@@ -360,3 +387,18 @@ def test_the_wait_for_data_is_told(tmp_path, ahead, monkeypatch):
     monkeypatch.setattr(trainer.parts.dataset, "load", lambda *given: (time.sleep(0.15), load(*given))[1])
     trainer.run()
     assert min(row["data_wait_share"] for row in read_rows(tmp_path)) > 0.3
+
+
+@pytest.mark.slow
+def test_the_benchmark_prints_its_tables(tmp_path):
+    """On a few samples: whether bars are met is another matter."""
+    command = [sys.executable, "benchmarks/data.py", "--samples=600", "--files=300", "--turns=1", "--steps=5"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode in (0, 1) and "Traceback" not in done.stderr
+    rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert [row[0].removeprefix("| ") for row in rows if "ms" not in row[0]][2:4] == [
+        "`np.memmap` gather, bare",
+        "`prepared`, load",
+    ]
+    kinds = [row for row in rows if row[0].removeprefix("| ").startswith(("latents", "means", "moments", "pixels"))]
+    assert len(kinds) == 7 and all(row[2].endswith("%") and "< 1%" in row[5] for row in kinds)

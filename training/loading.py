@@ -66,10 +66,10 @@ class Stream(NamedTuple):
 class Loader:
     """Hands out the batches of a run, on the device.
 
-    Unless the data lie in memory, a thread loads the next two visits meanwhile, into pinned memory for a CUDA device.
-    Which visits these are is known, since the order of the data is a function of (seed, position); after a roll-back or
-    a resume, what was loaded ahead is dropped. The thread starts with the first visit and ends with ``close``; a visit
-    after that starts another.
+    Unless the data lie in memory, a thread loads the next two visits meanwhile, into pinned memory for a CUDA device;
+    on a CPU it finishes them too. Which visits these are is known, since the order of the data is a function of (seed,
+    position); after a roll-back or a resume, what was loaded ahead is dropped. The thread starts with the first visit
+    and ends with ``close``; a visit after that starts another.
 
     Args:
         dataset: whose samples.
@@ -90,6 +90,8 @@ class Loader:
             Exception: whatever the data set raises, also that of loading ahead: in the visit that it concerns.
         """
         loaded = self._load(visit) if self.dataset.in_memory else self._loaded_ahead(visit)
+        if self.device.type == "cpu":
+            return loaded
         there = {name: values if name == "index" else send(values, self.device) for name, values in loaded.items()}
         return self.dataset.finish(there, self.stream.draws(visit))
 
@@ -112,9 +114,14 @@ class Loader:
         return self._queue.popleft()[1].result()
 
     def _load(self, visit: Visit) -> Batch:
-        """Load a visit; torch keeps pinned memory and uses it again once it has been sent."""
-        indices = self.dataset.indices_at(visit.positions, self.stream.seed)
-        loaded = self.dataset.load(indices, self.stream.draws(visit))
+        """Load a visit, and finish it too where there is no other device.
+
+        Torch keeps pinned memory, and uses it again once it has been sent.
+        """
+        draws = self.stream.draws(visit)
+        loaded = self.dataset.load(self.dataset.indices_at(visit.positions, self.stream.seed), draws)
+        if self.device.type == "cpu":
+            return self.dataset.finish(loaded, draws)
         if self.device.type != "cuda":
             return loaded
         return {name: values if name == "index" else values.pin_memory() for name, values in loaded.items()}
