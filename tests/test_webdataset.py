@@ -313,6 +313,11 @@ def test_with_one_lane_windows_come_one_after_the_other(shards):
     assert (np.diff(first) != 0).sum() > 2  # mixed, not shard after shard
 
 
+def test_one_shard_has_another_order_in_each_epoch():
+    epochs = BlockOrder((9,), 1, 1, 1).visits(range(27), 0).sample.reshape(3, 9).tolist()
+    assert len({tuple(epoch) for epoch in epochs}) == 3 and all(sorted(epoch) == list(range(9)) for epoch in epochs)
+
+
 def test_a_window_of_all_shards_is_a_uniform_permutation():
     """Chi-square of where one sample falls, over many seeds: 2.5 standard deviations are 19.6 for 9 classes."""
     order = BlockOrder((2, 5, 3), 3, 1, 1)
@@ -378,11 +383,12 @@ def test_the_order_is_that_of_one_process(shards, processes):
     assert read_order(shards, 1, 0, range(4, 11)) == one[4:]
 
 
-def test_a_data_set_that_was_read_from_goes_on_after_a_fork(shards, processes):
-    dataset = build(shards)
-    dataset.load(dataset.indices_at(range(3), 0), Draws(0).at(range(3)))
-    (labels,) = processes(1, lambda: dataset.batch([27, 3])["label"].tolist(), timeout=20).checked()
-    assert labels == [81 % 11, 9]
+def test_what_was_being_read_at_a_fork_is_read_anew(processes):
+    parent, gate = os.getpid(), threading.Event()
+    held = Held(lambda number: (os.getpid() != parent or gate.wait(30)) and 10 * number)
+    held.want({"a": [3]}, forget=lambda _: False)
+    assert processes(1, lambda: held.get(3, "a"), timeout=20).checked() == [30]
+    gate.set()
 
 
 def test_training_goes_on_from_a_stop_as_if_there_was_none(tmp_path):
