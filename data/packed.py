@@ -88,6 +88,11 @@ class Mapped:
         """The bytes before the tensors."""
         return self._bytes[: self.start]
 
+    @property
+    def body(self) -> NDArray[np.uint8]:
+        """The bytes of the tensors."""
+        return self._bytes[self.start :]
+
     def tensor(self, key: str, types: Types) -> tuple[torch.dtype, tuple[int, ...], NDArray[np.uint8]]:
         """Return a tensor's type, shape and bytes, checked against the size of the file.
 
@@ -102,13 +107,13 @@ class Mapped:
             raise DataError(
                 f"got {key} of shape {shape!r} at {offsets!r} in {self.path}, expected lists of whole numbers"
             )
-        (begin, end), there = offsets, self.size - self.start
+        (begin, end), there = offsets, len(self.body)
         if end - begin != math.prod(shape) * types[name].itemsize or end > there:
             raise DataError(
                 f"got {key} of type {name} and shape {shape} at the bytes {begin} to {end} of {there} in {self.path}; "
                 "the file is truncated or forged: pack the latents again"
             )
-        return types[name], tuple(shape), self._bytes[self.start + begin : self.start + end]
+        return types[name], tuple(shape), self.body[begin:end]
 
     def rows(self, key: str, types: Types, *, axes: str = "(n, C, H, W)") -> Rows:
         """Return a tensor of one row a sample, none of its sizes 0; raises DataError as ``tensor`` does."""

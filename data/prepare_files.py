@@ -49,8 +49,11 @@ class Files:
         self.folder, self.manifest = folder, manifest
         self._check_names()
         mapped = [self._opened(shard, verify) for shard in manifest.shards]
-        self._ends = np.cumsum([shard.rows for shard in manifest.shards])
-        self._parts = {name: list(self._rows(mapped, name)) for name in manifest.columns}
+        self._counts = np.array([shard.rows for shard in manifest.shards])
+        self._ends = np.cumsum(self._counts)
+        self._starts = self._ends - self._counts
+        names = [name for name in manifest.columns if not name.endswith(FLIPPED)]
+        self._parts = {name: list(self._rows(mapped, name)) for name in names}
         self._check_index()
         self.labels = self._numbers("labels") if manifest.class_names else torch.zeros(manifest.count).long()
         if not 0 <= int(self.labels.min()) <= int(self.labels.max()) < max(len(manifest.class_names), 1):
@@ -67,25 +70,15 @@ class Files:
             index: (N,) of existing rows.
             flipped: (N,) of which rows the column of mirror images is meant; None of none.
         """
-        column = self.manifest.columns[name]
+        column, parts = self.manifest.columns[name], self._parts[name]
         gathered = torch.empty(len(index), *column.shape, dtype=TYPES[column.dtype])
-        to = gathered.flatten(1).view(torch.uint8).numpy()
-        if flipped is None:
-            self._copy(self._parts[name], index, np.arange(len(index)), to)
-        else:
-            self._copy(self._parts[name], index, np.flatnonzero(~flipped), to)
-            self._copy(self._parts[name + FLIPPED], index, np.flatnonzero(flipped), to)
+        holders = np.searchsorted(self._ends, index, side="right")
+        rows = index - self._starts[holders]
+        if flipped is not None:  # mirror images lie behind all others of their shard
+            rows += self._counts[holders] * flipped
+        if len(index):
+            _take(parts, holders, rows, gathered.flatten(1).view(torch.uint8).numpy())
         return gathered
-
-    def _copy(self, parts: Parts, index: NDArray[np.int64], places: NDArray[np.int64], to: NDArray[np.uint8]) -> None:
-        """Copy the rows at some places of the index there; each shard is read in its own order."""
-        places = places[np.argsort(index[places], kind="stable")]
-        wanted = index[places]
-        cuts = np.searchsorted(wanted, self._ends)
-        for number in np.unique(np.searchsorted(self._ends, wanted, side="right")):
-            here = slice(cuts[number - 1] if number else 0, cuts[number])
-            first = self._ends[number] - len(parts[number])
-            to[places[here]] = parts[number][wanted[here] - first]
 
     def _check_names(self) -> None:
         wanted = {shard.file for shard in self.manifest.shards}
@@ -114,16 +107,21 @@ class Files:
         return file
 
     def _rows(self, mapped: list[Mapped], name: str) -> Iterator[NDArray[np.uint8]]:
-        """Yield the bytes of a column of each shard, one row a sample."""
-        column = self.manifest.columns[name]
+        """Yield the bytes of a column of each shard, one row a sample, and behind them those of its mirror images."""
+        column, both = self.manifest.columns[name], name + FLIPPED in self.manifest.columns
         for file, shard in zip(mapped, self.manifest.shards, strict=True):
-            _, shape, found = file.tensor(name, {column.dtype: TYPES[column.dtype]})
-            if shape != (shard.rows, *column.shape):
-                raise DataError(
-                    f"got {name} of shape {shape} in {file.path}, expected {(shard.rows, *column.shape)}; prepare the "
-                    "data again"
-                )
-            yield np.asarray(found).reshape(shard.rows, -1)
+            types: dict[str, torch.dtype] = {column.dtype: TYPES[column.dtype]}
+            for key in (name, name + FLIPPED) if both else (name,):
+                _, shape, _ = file.tensor(key, types)
+                if shape != (shard.rows, *column.shape):
+                    raise DataError(
+                        f"got {key} of shape {shape} in {file.path}, expected {(shard.rows, *column.shape)}; prepare "
+                        "the data again"
+                    )
+            first, last = (file.header[key]["data_offsets"] for key in (name, key))
+            if last[1] - first[0] != shard.rows * column.bytes * (1 + both):
+                raise DataError(f"got {file.path} with {key} elsewhere than behind {name}; prepare the data again")
+            yield np.asarray(file.body[first[0] : last[1]]).reshape(-1, column.bytes)
 
     def _numbers(self, name: str) -> Tensor:
         """Return a whole column of numbers."""
@@ -136,3 +134,22 @@ class Files:
                 f"got numbers of images in {self.folder} that do not rise from row to row: some would be there twice; "
                 "prepare the data again"
             )
+
+
+def _take(parts: Parts, holders: NDArray[np.int64], rows: NDArray[np.int64], to: NDArray[np.uint8]) -> None:
+    """Copy rows of the parts that hold them; out of several parts, each is read in its own order.
+
+    Rows of one part go where they belong at once. Those of several lie by parts at first: that is a second copy, of
+    what the cache holds.
+    """
+    if holders.min() == holders.max():
+        np.take(parts[holders[0]], rows, axis=0, out=to, mode="clip")  # the mode in which nothing is copied twice
+        return
+    order = np.lexsort((rows, holders))
+    numbers, firsts = np.unique(holders[order], return_index=True)
+    sorted_rows, buffer = rows[order], np.empty_like(to)
+    for number, first, end in zip(numbers, firsts, (*firsts[1:], len(rows)), strict=True):
+        np.take(parts[number], sorted_rows[first:end], axis=0, out=buffer[first:end], mode="clip")
+    places = np.empty_like(order)
+    places[order] = np.arange(len(order))
+    np.take(buffer, places, axis=0, out=to, mode="clip")

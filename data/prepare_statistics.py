@@ -5,7 +5,7 @@ C channels.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ class Spread(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    _LISTS: ClassVar = ("mean", "squares", "low", "high")
     count: int
     mean: list[float]
     squares: list[float]
@@ -39,14 +40,22 @@ class Spread(BaseModel):
     @classmethod
     def of(cls, values: Tensor) -> Spread:
         """Take in values (N, C, H, W); uint8 as images in [−1, 1]."""
-        wide = values.double() / 127.5 - 1 if values.dtype == torch.uint8 else values.double()
-        rows = wide.transpose(0, 1).flatten(1)
-        mean = rows.mean(1)
+        rows = values.transpose(0, 1).flatten(1)
+        if values.dtype != torch.uint8:
+            return cls._weighted(rows.double(), torch.ones((), dtype=torch.float64), rows.shape[1])
+        levels = torch.arange(256, dtype=torch.float64) / 127.5 - 1
+        counts = torch.stack([torch.bincount(row, minlength=256) for row in rows])  # far fewer numbers than pixels
+        found = [cls._weighted(levels[None, count > 0], count[count > 0].double(), rows.shape[1]) for count in counts]
+        joined = {key: [number for one in found for number in getattr(one, key)] for key in cls._LISTS}
+        return cls(count=rows.shape[1], **joined)
+
+    @classmethod
+    def _weighted(cls, rows: Tensor, weights: Tensor, count: int) -> Spread:
+        """Take in the values of each channel (C, n), of which each comes ``weights`` times, ``count`` in all."""
+        mean = (rows * weights).sum(1) / count
         low, high = torch.aminmax(rows, dim=1)
-        squares = (rows - mean[:, None]).square_().sum(1)
-        return cls(
-            count=rows.shape[1], mean=mean.tolist(), squares=squares.tolist(), low=low.tolist(), high=high.tolist()
-        )
+        squares = ((rows - mean[:, None]).square_() * weights).sum(1)
+        return cls(count=count, mean=mean.tolist(), squares=squares.tolist(), low=low.tolist(), high=high.tolist())
 
     @classmethod
     def from_channels(cls, told: Channels) -> Spread:

@@ -116,7 +116,10 @@ class Prepared(Dataset):
     def _stored(self, indices: Indices, flipped: NDArray[np.bool_] | None) -> Batch:
         index = as_indices(indices, len(self))
         rows, sides = index.numpy(), None if self.data_are_images else flipped
-        stored = {"data": self.files.gather(self.told.main, rows, sides), "label": self.files.labels[index]}
+        stored = {
+            "data": self.files.gather(self.told.main, rows, sides),
+            "label": self.files.labels.index_select(0, index),
+        }
         stored["index"] = index
         if self.images:
             stored["image"] = self.files.gather("images", rows, None)

@@ -395,6 +395,7 @@ def forged(copy, change) -> None:
     [
         ("moments", {"data_offsets": [10**9, 10**9 + 3400]}, "truncated or forged"),
         ("moments", {"data_offsets": [0, 3401]}, "truncated or forged"),
+        ("moments_flip", {"data_offsets": [0, 3400]}, "with moments_flip elsewhere than behind moments"),
         ("moments", {"shape": [17, 100]}, "moments of shape (17, 100)"),
         ("moments", {"shape": [-17, -4, 5, 5]}, "expected lists of whole numbers"),
         ("moments", {"dtype": "I16"}, "moments of type 'I16'"),
