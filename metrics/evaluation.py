@@ -71,11 +71,11 @@ class Evaluation:
         batch = {name: value for name, value in given.items() if value is not None}
         for metric in self.metrics:
             metric.check(batch)  # before any network runs
-        sent, found = images.to(self.device), {}
+        found: dict[int, dict[str, Tensor]] = {}
         for metric in self.metrics:
             space = metric.features
             if space is not None and id(space) not in found:
-                found[id(space)] = space.outputs(sent)
+                found[id(space)] = space.outputs(images)
             metric.add(batch, {} if space is None else found[id(space)])
 
     def state(self) -> dict[str, Tensor]:

@@ -45,11 +45,13 @@ class Features(ABC):
         name: of the space.
         sizes: output -> D; ``features`` is the one that most metrics are of.
         manifest: name and sizes, with a hash of the weights where there are any; statistics of another are refused.
+        device: where it computes, wherever images lie.
     """
 
     name: str
     sizes: Mapping[str, int]
     manifest: Mapping[str, Any]
+    device: torch.device = torch.device("cpu")
 
     @abstractmethod
     def __call__(self, images: Tensor) -> Tensor:
@@ -60,7 +62,7 @@ class Features(ABC):
         return {"features": self(images)}
 
     def to(self, device: torch.device) -> None:
-        """Move to a device what there is to move."""
+        """Move to a device, where it is worth the while; small spaces stay on the host."""
         return
 
 
@@ -105,7 +107,7 @@ class Pixels(Features):
 
     def __call__(self, images: Tensor) -> Tensor:
         """Flatten."""
-        return as_floats(images).flatten(1).double()
+        return as_floats(images.cpu()).flatten(1).double()
 
 
 @registry.register("pca")
@@ -135,7 +137,7 @@ class PrincipalComponents(Features):
 
     def __call__(self, images: Tensor) -> Tensor:
         """Project."""
-        projected: Tensor = (as_floats(images).flatten(1).double() - self.mean) @ self.axes.T
+        projected: Tensor = (as_floats(images.cpu()).flatten(1).double() - self.mean) @ self.axes.T
         return projected
 
 
@@ -177,13 +179,13 @@ class DigitsCNN(Features):
     def __call__(self, images: Tensor) -> Tensor:
         """Return the last hidden layer's values."""
         with torch.no_grad():
-            features: Tensor = self.body(as_floats(images).float())
+            features: Tensor = self.body(as_floats(images.cpu()).float())
         return features.double()
 
     def classify(self, images: Tensor) -> Tensor:
         """Return the likeliest class of each image, (N,)."""
         with torch.no_grad():
-            classes: Tensor = self.head(self.body(as_floats(images).float())).argmax(1)
+            classes: Tensor = self.head(self.body(as_floats(images.cpu()).float())).argmax(1)
         return classes
 
     def accuracy(self, dataset: Dataset) -> float:

@@ -58,7 +58,6 @@ class Inception(Features):
         self.network = _filled(module, path)
         self.sizes = {"features": 2048, "spatial": _CHANNELS * 17 * 17, "logits": 1008}
         self.manifest = {"name": self.name, "sha256": sha256, "verified": sha256 == SHA256, "sizes": self.sizes}
-        self.device = torch.device("cpu")
         self._spatial = torch.zeros(0)
         self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep)
 
@@ -76,7 +75,7 @@ class Inception(Features):
     @torch.no_grad()
     def outputs(self, images: Tensor) -> dict[str, Tensor]:
         """Return ``features`` (N, 2048), ``spatial`` (N, 2023) and ``logits`` (N, 1008), in float32."""
-        levels = as_levels(images).expand(-1, 3, -1, -1).to(self.device)
+        levels = as_levels(images.to(self.device)).expand(-1, 3, -1, -1)
         with full_precision():
             pooled, logits = self.network(levels)
         return {"features": pooled, "spatial": self._spatial, "logits": logits}

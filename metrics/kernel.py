@@ -92,6 +92,7 @@ class KernelInception(Collecting):
         real = reference.vectors(features, output, self.references)
         if len(real) < self.size:
             raise InputError(f"got {len(real)} reference images for subsets of {self.size}; set size to fewer")
+        real = real.to(features.device)
         found = self._of(self.kept, real)
         training = reference.stand_in(features, output, self.count)
         fits = training is not None and len(training) >= self.size

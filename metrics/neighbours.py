@@ -206,8 +206,8 @@ class PrecisionRecall(Collecting):
         return Record(
             f"precision-recall, {features.name}, k={self.k}",
             self.count,
-            self._both(self.kept, real),
-            {} if training is None else self._both(training, real),
+            self._both(self.kept, real, features.device),
+            {} if training is None else self._both(training, real, features.device),
             0 if training is None else len(training),
             {
                 "precision": "share of samples among real ones",
@@ -218,8 +218,8 @@ class PrecisionRecall(Collecting):
             warnings=reference.doubts(features),
         )
 
-    def _both(self, generated: Tensor, real: Tensor) -> dict[str, float]:
-        precision, recall = precision_recall(generated.to(real.device), real, self.k)
+    def _both(self, generated: Tensor, real: Tensor, device: torch.device) -> dict[str, float]:
+        precision, recall = precision_recall(generated.to(device), real.to(device), self.k)
         return {"precision": precision, "recall": recall}
 
 

@@ -63,7 +63,6 @@ class VisionTransformer(Features):
             "position_table": table,
             "sizes": self.sizes,
         }
-        self.device = torch.device("cpu")
 
     network: Any  # a model of timm, whose attributes have no types
 
@@ -75,7 +74,7 @@ class VisionTransformer(Features):
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """Return the features, (N, D), in float32."""
-        x = unit_images(as_levels(images).to(self.device))
+        x = unit_images(as_levels(images.to(self.device)))
         x = functional.interpolate(x, self.size, mode="bicubic", antialias=True)
         with full_precision():
             features: Tensor = self.network((x - self.mean) / self.std)

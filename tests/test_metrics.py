@@ -96,6 +96,18 @@ def test_precision_and_recall_against_a_plain_loop():
     assert precision_recall(generated, real) == pytest.approx((covered(g, r), covered(r, g)))
 
 
+@pytest.mark.parametrize("width", [2, 90])
+def test_blocks_of_distances_change_nothing(width, monkeypatch):
+    """No more than a block of them is in memory; nor does an offset that all points share matter."""
+    generated, real = torch.randn(43, width), torch.randn(61, width)
+    whole, seen = precision_recall(generated, real), []
+    monkeypatch.setattr("pathline.metrics.neighbours._CELLS", 200)
+    plain = torch.cdist
+    monkeypatch.setattr(torch, "cdist", lambda x, y, **how: seen.append(len(x) * len(y)) or plain(x, y, **how))
+    assert precision_recall(generated, real) == whole and 0 < max(seen) <= 200
+    assert precision_recall(generated.double() + 1e5, real.double() + 1e5) == whole
+
+
 def test_a_collapsed_model_has_high_precision_and_low_recall():
     real = torch.randn(500, 4)
     precision, recall = precision_recall(0.05 * torch.randn(500, 4), real)

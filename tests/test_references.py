@@ -363,3 +363,26 @@ def test_references_of_metrics_that_need_halves(space, tmp_path):
     reference = Reference.of(write_images(tmp_path / "real.npz", drawn()))
     with pytest.raises(InputError, match="which needs the halves train and held-out"):
         metrics.build("memorisation", real=reference)
+
+
+def test_images_that_are_cropped_and_prepared_ones(space, tmp_path, capsys):
+    """A folder of images of many sizes by the data set that crops them, and the same packed as pixels."""
+    from pathline.data.crop import centre_crop
+    from pathline.data.prepare import main as prepare
+
+    source = tmp_path / "source"
+    levels = []
+    for i in range(5):
+        image = Image.fromarray(drawn(1, i)[0].permute(1, 2, 0).numpy()).resize((20 + i, 30))
+        (source / f"class-{i % 2}").mkdir(parents=True, exist_ok=True)
+        image.save(source / f"class-{i % 2}" / f"{i}.png")
+        levels.append(torch.from_numpy(np.array(centre_crop(image, 16))).permute(2, 0, 1))
+    expected = plain(space, torch.stack(levels))
+    packed = tmp_path / "packed"
+    assert prepare([str(source), str(packed), "--resolution", "16", "--accelerator", "cpu"]) == 0
+    for named in ({"name": "images", "path": str(source), "resolution": 16}, packed):
+        reference = Reference.of(named)
+        assert reference.shape == (3, 16, 16) and reference.num_classes == 2
+        matches(reference.statistics(space, "features"), expected)
+    with pytest.raises(DataError, match=r"expected one size|of one size"):
+        Reference.of(source).statistics(space, "features")
