@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -96,10 +97,16 @@ def test_batches_and_shards_change_rounding_alone(solver, run, tmp_path):
         assert difference.max() <= 1 and (difference > 0).any(axis=(1, 2, 3)).mean() < 0.2
 
 
-def test_two_processes_draw_the_same_file(processes, run, whole, tmp_path):
+def test_two_processes_draw_the_same_file(processes, run, whole, tmp_path, monkeypatch):
     words = [str(run), *SHARDS, f"sample.output={tmp_path / 'two.npz'}"]
-    ended = processes(2, lambda: main(words))
-    assert ended.checked() == [0, 0]
+
+    def one():
+        calls = stop_after(0, monkeypatch)
+        assert main(words) == 0
+        return len(calls)
+
+    ended = processes(2, one)
+    assert ended.checked() == [3, 2]  # batches: two of the first shard and one of the third; two of the second
     assert (tmp_path / "two.npz").read_bytes() == whole.read_bytes()
     assert left(tmp_path) == ["two.json", "two.npz", "two.png"]
     record, alone = (json.loads(path.with_suffix(".json").read_text()) for path in (tmp_path / "two.npz", whole))
@@ -173,9 +180,9 @@ def drawn_up_to(instant, words):
     return calls
 
 
-@pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_drawing_that_is_killed_anywhere_goes_on(every, processes, run, whole, tmp_path):
-    """At every third call that changes the disk: the next drawing ends with the same bytes, and leaves nothing else."""
+    """At every fourth call that changes the disk: the next drawing ends with the same bytes, and leaves nothing else."""
 
     def words(folder):
         return [str(run), *SHARDS, f"sample.output={folder / 'whole.npz'}"]
@@ -343,6 +350,26 @@ def test_a_shard_cut_short_is_drawn_anew(broken, whole, tmp_path):
     assert (tmp_path / "a.npz").read_bytes() == whole.read_bytes()
 
 
+def test_a_disk_without_room_is_told_of_after_the_first_shard(run, whole, tmp_path, monkeypatch, capsys):
+    """A third of the samples is written; what is left and all of them once more need five times as much."""
+    words = [str(run), "sample.count=30", *SHARDS[1:], f"sample.output={tmp_path / 'a.npz'}"]
+
+    def free(factor):
+        def usage(folder):
+            (size,) = (path.stat().st_size for path in Path(folder).glob("shard-00000.npz"))
+            return shutil._ntuple_diskusage(0, 0, int(factor * size))
+
+        monkeypatch.setattr(shutil, "disk_usage", usage)
+
+    free(4.9)
+    assert main(words) == 2
+    assert "MiB for the other samples and for joining them; make room" in capsys.readouterr().err
+    free(1.9)
+    assert main([*words, "sample.shards=keep"]) == 0  # one shard was there, another is drawn, and one is left
+    free(5)
+    assert main(words) == 0 and len(arrays(tmp_path / "a.npz")["arr_0"]) == 30
+
+
 @pytest.mark.parametrize("journal", [b"{", b"[]", b'{"format": 9, "request": {}}', b'{"format": 1}', None])
 def test_a_folder_of_something_else(journal, broken, tmp_path, capsys):
     path = tmp_path / "a.shards" / "journal.json"
@@ -470,6 +497,20 @@ def test_latents_are_decoded_a_few_at_once(run):
     assert np.abs(images.numpy() - wanted).max() <= 1 and (images.numpy() != wanted).mean() < 0.01
     bare = replace(parts, dataset=data.build("synthetic", shape=(4, 5, 2), num_classes=10))
     assert torch.equal(sampling.finished(bare, latents), latents)
+
+
+def test_latents_in_shards(parity, tmp_path):
+    """Latents that nothing decodes are float32 (N, C, H, W), whichever way they are drawn."""
+    torch.save({"ema": parity("sit").state}, tmp_path / "a.pt")
+    words = ("weights.family=sit", "backbone.num_heads=4", "solver.name=heun", "solver.steps=2", "sample.count=7")
+    for name, size in (("one", 7), ("many", 3)):
+        more = [f"sample.shard={size}", "sample.batch=3", f"sample.output={tmp_path / f'{name}.npz'}"]
+        assert main([str(tmp_path / "a.pt"), *words, *more]) == 0
+    one, many = (arrays(tmp_path / f"{name}.npz") for name in ("one", "many"))
+    assert many["arr_0"].dtype == np.float32 and many["arr_0"].shape == (7, 4, 8, 8)
+    assert np.array_equal(one["arr_0"], many["arr_0"]) and np.array_equal(one["arr_1"], many["arr_1"])
+    record = json.loads((tmp_path / "many.json").read_text())
+    assert record["values"] == "latents, float32 (N, C, H, W)" and not (tmp_path / "many.png").exists()
 
 
 def test_a_picture_of_very_many_classes_shows_the_first(tmp_path):

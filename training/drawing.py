@@ -53,7 +53,7 @@ def draw(order: Order, workers: Workers) -> Written:
 
     Raises:
         ConfigurationError: more processes than shards.
-        DataError: another drawing lies where this one goes, or a shard is damaged.
+        DataError: another drawing lies where this one goes, a shard is damaged, or the disk has no room.
         SolverError: a sample became NaN or infinite.
         Stopped: interrupted, with some shards written.
     """
@@ -121,6 +121,8 @@ def _draw_shards(order: Order, shards: Shards, workers: Workers, mine: list[int]
                 ids = shards.ranges[number]
                 samples, spent = _solve(order, network, ids, lambda n: _told(n, progress, shards, workers))
                 shards.write(number, samples, order.labels(ids) if order.labelled else None, spent)
+                if number == mine[0]:
+                    shards.check_room(number, joined=order.configuration.sample.shards == "join")
     except KeyboardInterrupt:
         shards.stop()
         stopped = 1

@@ -101,6 +101,23 @@ class Shards:
         write_npz(path, [samples], len(samples), None if labels is None else labels.numpy())
         write_text(told, json.dumps(about._replace(bytes=path.stat().st_size)._asdict()))
 
+    def check_room(self, number: int, *, joined: bool) -> None:
+        """Check, by a shard that is there, that the disk has room for those that are not, and for all of them joined.
+
+        Raises:
+            DataError: it has not.
+        """
+        about = self.about(number)
+        each = about.bytes / len(self.ranges[number]) if about else 0.0
+        count = sum(map(len, self.ranges))
+        needed, free = each * (count - self.done + joined * count), shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise DataError(
+                f"got {self.folder} on a disk with {free / 2**20:,.0f} MiB free, expected {needed / 2**20:,.0f} MiB "
+                f"for the other samples{' and for joining them' * joined}; make room and give the same command again"
+                f"{', or set sample.shards to keep' * joined}"
+            )
+
     def read(self, number: int, labels: Tensor | None) -> NDArray[Any]:
         """Return the samples of a shard.
 

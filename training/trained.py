@@ -60,7 +60,7 @@ def load(path: Path, words: Sequence[str]) -> tuple[Configuration, Parts]:
     for word in words:
         if not word.startswith((*_WORDS, *(RELEASED_WORDS if released else ()))):
             raise ConfigurationError(
-                f"got {word!r} for a trained model, expected sample.…, solver.… or guidance.… alone"
+                f"got {word!r} for a trained model, expected sample.…, solver.…, guidance.… or autoencoder.… alone"
             )
     configuration: Configuration
     fill: Callable[[nn.Module], None]
