@@ -182,7 +182,7 @@ def drawn_up_to(instant, words):
 
 @pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_drawing_that_is_killed_anywhere_goes_on(every, processes, run, whole, tmp_path):
-    """At every fourth call that changes the disk: the next drawing ends with the same bytes, and leaves nothing else."""
+    """At every fourth call that changes the disk: the next one ends with the same bytes, and leaves nothing else."""
 
     def words(folder):
         return [str(run), *SHARDS, f"sample.output={folder / 'whole.npz'}"]
