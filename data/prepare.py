@@ -59,7 +59,7 @@ def prepare(
         options: of what is written.
         autoencoder: that encodes them; None for pixels.
         features: encoders whose tokens are stored: by name their entries in a configuration, and themselves.
-        fabric: launched, of several processes; each takes shards of its own. None for this process alone.
+        fabric: launched; of several processes each takes shards of its own. None for this one alone, on the CPU.
         batch: images that are decoded ahead of what is encoded.
 
     Raises:

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from pathline.core.errors import DataError, PathlineError, ProcessError
 from pathline.data.prepare_encoding import Encoding
+from pathline.data.prepare_files import Files
 from pathline.data.prepare_images import Decoder
 from pathline.data.prepare_manifest import (
     FLIPPED,
@@ -72,7 +73,8 @@ class Work:
         """Make what is missing, and with the last shard the manifest.
 
         Raises:
-            DataError: an image that cannot be read or stored, or a disk that is too full.
+            DataError: an image that cannot be read or stored, a disk that is too full, or a folder that was whole and
+                has lost a shard.
             ProcessError: another process is gone.
         """
         if not (self.folder.path / MANIFEST).exists():
@@ -88,9 +90,11 @@ class Work:
                 self._wait()
             finally:
                 self.folder.release()
+        manifest = read_manifest(self.folder.path)
         if self.fabric.is_global_zero:
+            Files(self.folder.path, manifest, verify=False)  # also of a folder that was whole before
             self.folder.tidy()
-        return read_manifest(self.folder.path)
+        return manifest
 
     def _wait(self) -> None:
         """Wait for all processes."""

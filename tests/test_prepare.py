@@ -282,6 +282,9 @@ def test_a_whole_folder_is_left_as_it_is(tmp_path):
     before, source = preparing.contents(tmp_path), Pictures()
     assert prepare(source, tmp_path, FULL, autoencoder=Coder(), features=FEATURES).count == 37
     assert preparing.contents(tmp_path) == before and not source.reads
+    (tmp_path / "shard-00001.safetensors").unlink()
+    with pytest.raises(DataError, match=r"without shard-00001\.safetensors, other than its manifest\.json says"):
+        prepare(source, tmp_path, FULL, autoencoder=Coder(), features=FEATURES)
 
 
 def test_a_shard_that_was_damaged_meanwhile_is_made_again(tmp_path):
