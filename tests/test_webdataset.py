@@ -582,6 +582,20 @@ def test_a_command_that_fails_is_tried_again_and_named(shards, tmp_path):
     assert dataset.batch([4])["label"].tolist() == [12 % 11]
 
 
+def test_a_command_that_hangs_after_an_error_is_ended(shards, tmp_path, monkeypatch):
+    monkeypatch.setattr("pathline.data.layouts.shards._PATIENCE", 0.1)
+    began = time.monotonic()
+    message = refusal(f"pipe:head -c 1000 {shards}/x-000000.tar; echo; exec sleep 50 >&-", index=str(tmp_path / "i"))
+    assert "unexpected end of data" in message and time.monotonic() - began < 20
+
+
+def test_an_index_of_a_shard_that_was_emptied(shards):
+    build(shards)
+    file = shards / shard_name(0)
+    file.write_bytes(bytes(file.stat().st_size))
+    assert f"got {file} without a sample" in refusal(shards)
+
+
 def test_a_server_that_is_not_there_is_named(tmp_path, monkeypatch):
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+import subprocess
 import tarfile
 import time
 from collections.abc import Iterator, Sequence
@@ -32,6 +33,8 @@ _SHARDS = 10**6
 _PAUSES = (1.0, 4.0)  # seconds before a shard that is not a file is tried again
 _RANGE = re.compile(r"\{(-?\d{1,18})\.\.(-?\d{1,18})")
 _END = bytes(tarfile.BLOCKSIZE)
+_PATIENCE = 2.0  # seconds that a command which is no longer read from may take to end
+_CUT_OFF = (141, -13, -9)  # exit codes of a command that was ended by that
 # exit codes of curl that a user meets
 _CURL = {6: "no such host", 7: "no connection", 22: "the server refused it", 28: "no answer in time"}
 _FINAL = ("no such host", "the server refused it")  # curl itself tried again where that has a sense
@@ -157,19 +160,24 @@ def _opened(url: str) -> Any:
         raise _Failed(str(error), final=True) from error
 
 
-def _abandon(stream: Any) -> None:
-    """Close a stream whose command may be cut off by that, and then ends with an error of no interest."""
-    try:
+def _abandon(stream: Any) -> int:
+    """Close a stream whose command may be cut off by that; return the exit code of the command, 0 of a file."""
+    process = getattr(stream, "proc", None)
+    if process is None:
         stream.close()
-    except OSError:
-        pass
+        return 0
+    stream.stream.close()
+    try:
+        return int(process.wait(_PATIENCE))
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return int(process.wait())
 
 
 def _said(stream: Any, error: Exception) -> _Failed:
     """Return what went wrong; of a command that failed its exit code, which comes first."""
-    _abandon(stream)
-    code = getattr(stream, "status", None)
-    if not code or code in (141, -13):  # it was cut off by us
+    code = _abandon(stream)
+    if code in (0, *_CUT_OFF):
         return _Failed(str(error))
     words = _CURL.get(code, "") if "curl" in str(getattr(stream, "args", "")) else ""
     return _Failed(f"its command ended with exit code {code}{words and f', {words}'}", final=words in _FINAL)

@@ -105,9 +105,7 @@ class WebDataset(StoredLatents):
         self.order = BlockOrder([count.samples for count in self._counts], window, lanes, lane_batch)
         self._ends = np.cumsum(self.order.counts)
         self._held = Held(self._shard)
-        first = samples(self.urls[0], first=True)[0][0]
-        self._label(first)
-        self._shape = self._array(first).shape
+        self._shape = self._first_shape()
         channels, *sides = self._shape
         self.shape = (channels // 2 if kind == "moments" else channels, sides[0], sides[1])
         if self.data_are_images:
@@ -176,6 +174,14 @@ class WebDataset(StoredLatents):
         rows = [chosen[row] for row in range(len(index))]
         values = read_all(self._array, rows, _name, self._shape, self._workers)
         return {"data": values, "label": torch.tensor([self._label(row) for row in rows], dtype=torch.int64)}
+
+    def _first_shape(self) -> tuple[int, ...]:
+        """Return the shape of the first sample, which has to have a label too."""
+        found, _ = samples(self.urls[0], first=True)
+        if not found:
+            raise DataError(f"got {self.urls[0]} without a sample, of which {self.index} tells; delete the index")
+        self._label(found[0])
+        return self._array(found[0]).shape
 
     def _shard(self, number: int) -> list[Sample]:
         """Read a shard, whose samples have to be as many as the index tells."""
