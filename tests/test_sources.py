@@ -267,17 +267,20 @@ def test_a_file_that_went_away_is_named(tmp_path):
 # --- archives --------------------------------------------------------------------------------------------------------
 
 
-def test_a_folder_inside_of_a_zip(tmp_path):
+@pytest.mark.parametrize(("kind", "name"), [("zip", "x.zip"), ("tar", "")])
+def test_a_folder_inside_of_an_archive(kind, name, tmp_path):
     files = {f"set/train/{key}": content for key, content in contents().items()}
     table = json.dumps({"labels": [["val/1.png", 0]]}).encode()
-    file = write_zip(tmp_path, {**files, "set/val/dataset.json": table, "set/val/val/1.png": png(picture(9))})
-    source = sources.build("zip", path=str(file), root="/set/train/")
+    WRITERS[kind](tmp_path, {**files, "set/val/dataset.json": table, "set/val/val/1.png": png(picture(9))})
+    path = str(tmp_path / name)
+    source = sources.build(kind, path=path, root="/set/train/")
     assert list(source.keys) == KEYS and list(source.labels) == LABELS
     assert np.array_equal(np.asarray(source.read(3)), picture(3, 10))
-    assert source.manifest["files"] == [{"file": "x.zip", "bytes": file.stat().st_size}]
-    assert list(sources.build("zip", path=str(file), root="set/val").class_names) == ["0"]
+    sizes = {entry["file"]: entry["bytes"] for entry in source.manifest["files"]}
+    assert sizes == {file.name: file.stat().st_size for file in tmp_path.iterdir()}
+    assert list(sources.build(kind, path=path, root="set/val").class_names) == ["0"]
     with pytest.raises(DataError, match="got no images in"):
-        sources.build("zip", path=str(file), root="set/tra")
+        sources.build(kind, path=path, root="set/tra")
 
 
 def sample(member: str, content: bytes) -> tuple[tarfile.TarInfo, io.BytesIO]:
