@@ -21,10 +21,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from pathline import ConfigurationError, DataError, Draws, InputError, data, encoders
+from pathline.core.config import resolve
 from pathline.core.errors import PathlineError
 from pathline.data import prepare as command
 from pathline.data.crop import centre_crop
 from pathline.data.prepare import Options, prepare
+from pathline.training import Trainer
+from pathline.training.log import read_rows
 
 spec = importlib.util.spec_from_file_location("preparing", Path(__file__).with_name("preparing.py"))
 preparing = importlib.util.module_from_spec(spec)
@@ -445,5 +448,19 @@ def test_the_command_with_networks_of_diffusers_and_timm(pictures, tmp_path, cap
     source = encoders.Cached(tmp_path / "out", {**entry, "cache": str(tmp_path / "out")}, dataset)
     tokens = source.tokens(dataset.batch(range(5)), torch.device("cpu"))
     torch.testing.assert_close(tokens, encoders.build(entry)(shown), rtol=1e-3, atol=1e-3)
+    network = {"name": "sit", "input_size": 16, "patch_size": 8, "in_channels": 5, "hidden_size": 12, "depth": 2}
+    network |= {"num_heads": 3, "num_classes": 2, "align_layer": 1, "align_dims": [64], "align_width": 7}
+    entries = {
+        "data": {"name": "prepared", "path": str(tmp_path / "out")},
+        "backbone": network,
+        "objective": {"name": "alignment", "align": 0.7},
+        "encoders": [{**entry, "cache": str(tmp_path / "out")}],
+        "autoencoder": {"name": "diffusers", "model": str(tmp_path / "vae")},
+        "train": {"steps": 2, "global_batch": 3, "folder": str(tmp_path / "run"), "accelerator": "cpu"},
+        "log": {"every": 1, "tensorboard": False},
+        "solver": {"name": "euler", "steps": 1},
+    }
+    Trainer(resolve(entries)).run()
+    assert [-1 <= row["align"] <= 1 for row in read_rows(tmp_path / "run")] == [True, True]
     with pytest.raises(DataError, match=r"features of another timm \(final_norm True -> False\)"):
         encoders.Cached(tmp_path / "out", {**entry, "final_norm": False}, dataset)
