@@ -69,11 +69,11 @@ def _parser() -> argparse.ArgumentParser:
         "metrics digits",
     )
     parser.add_argument(
-        "--features",
-        metavar="SPACE.OPTION=VALUE",
+        "--option",
+        metavar="NAME.OPTION=VALUE",
         action="append",
         default=[],
-        help="option of a feature space, as inception.weights=FILE; may be repeated",
+        help="of a metric or a feature space, as kid.subsets=50 or inception.weights=FILE; may be repeated",
     )
     parser.add_argument("--count", type=int, help="number of samples, the first; else all, of models 128")
     parser.add_argument("--batch", type=int, default=64, help="samples at once")
@@ -119,7 +119,7 @@ def _are_of_models(names: Sequence[str]) -> bool:
         UnknownNameError: one is neither.
         ConfigurationError: some are, others not.
     """
-    of_models, of_samples = set(models.names()), set(metrics.names())
+    of_models, of_samples = set(models.registry.names()), set(metrics.names())
     bare = [component(name)["name"] for name in names]
     unknown = [name for name in bare if name not in of_models | of_samples | metrics.registry.aliases().keys()]
     if unknown:
@@ -142,7 +142,11 @@ def _measure_samples(given: argparse.Namespace, names: Sequence[str] | None) -> 
     if names is None and isinstance(reference, Real):
         _judge(reference, read, given.count)
         return
-    evaluation = Evaluation(names or ADM, reference, _device(given), features=_options(given.features))
+    asked = names or ADM
+    options = _options(given.option, asked)
+    built = [component(name) for name in asked]
+    built = [{**named, **options.get(named["name"], {})} for named in built]
+    evaluation = Evaluation(built, reference, _device(given), features=options)
     for samples in read:
         records = measure_samples(evaluation.fresh(), samples, given.count or samples.count, given.batch)
         _report(samples, records)
@@ -197,11 +201,13 @@ def _how(samples: Samples) -> str:
     return "".join(f", {unit}{word}" for unit, word in words.items() if word is not None)
 
 
-def _options(words: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Return options of feature spaces by their names."""
+def _options(words: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return options by the names of metrics, of those that are asked for, and of feature spaces."""
     options = overrides.apply({}, list(words))
-    for name in options:
-        metrics.features.registry.entry(name)
+    known = {*(component(name)["name"] for name in names), *metrics.features.names()}
+    for name, given in options.items():
+        if name not in known or not isinstance(given, dict):
+            raise UnknownNameError(f"got options of {name!r}, which is not asked for; {suggest(name, known)}")
     return options
 
 
@@ -227,7 +233,8 @@ def _measure_models(given: argparse.Namespace, names: Sequence[str]) -> None:
         entry = {**entry, "split": "held-out"}
     dataset, backbone = data.build(entry), parts.backbone.to(_device(given))
     flow = Flow(backbone, parts.interpolant, parts.objective.predicts)  # type: ignore[arg-type]  # checked there
-    built = [models.build(name) for name in names]
+    options = _options(given.option, names)
+    built = [models.build(name, **options.get(name, {})) for name in names]
     for metric in built:
         metric.check(flow)
     found = []

@@ -130,7 +130,7 @@ def table(records: Iterable[Record]) -> str:
     """Lay records out as lines: metric, figure, samples, real samples in their place, both counts, what it says."""
     rows = [("metric", "figure", "samples", "real", "counts", "meaning")]
     for record in records:
-        counts = f"{record.count}, {record.real_count}"
+        counts = f"{record.count}, {record.real_count}" if record.real_count else str(record.count)
         for name, value in record.values.items():
             error = record.uncertainty.get(name)
             figure = f"{value:.3f}" if error is None else f"{value:.3f} ± {error:.3f}"

@@ -179,7 +179,12 @@ def test_fewer_samples_than_features_are_warned_of_with_the_file(tmp_path, capsy
         (["--metrics", "frechet:flat", "--reference", "REAL", "--count", "13"], r"expected 1 to 12 of .*a\.npz"),
         (["--metrics", "frechet:flat", "--count", "0"], "got count 0"),
         (["--metrics", "frechet:flat", "--reference", "OTHER"], r"samples of shape .*a\.npz"),
-        (["--metrics", "frechet:flat", "--reference", "REAL", "--features", "flatt.a=3"], "unknown feature space"),
+        (
+            ["--metrics", "frechet:flat", "--reference", "REAL", "--option", "flatt.a=3"],
+            "options of 'flatt'.*did you mean 'flat'",
+        ),
+        (["--metrics", "frechet:flat", "--reference", "REAL", "--option", "flat.a=3"], "has no option 'a'"),
+        (["--metrics", "frechet:flat", "--reference", "REAL", "--option", "frechet.a=3"], "has no option 'a'"),
         (["--metrics", "frechet:flat", "--reference", "REAL", "--device", "cuda:77"], "got device 'cuda:77'"),
         (["sample.seed=3"], "got no file at sample.seed=3"),
     ],
@@ -223,5 +228,11 @@ def test_a_model_is_measured_on_what_it_has_not_seen(tmp_path, capsys):
     assert written["samples"]["checkpoint"]["weights_sha256"] and "loss-by-time, " in printed
     assert evaluate(["compare", str(tmp_path / "run" / "step-000000002.metrics.json")]) == 0
     assert f"{row.mean:.4g} ± {row.error:.2g}" in capsys.readouterr().out
+    words = ["--metrics", "bits-per-dimension", "--count", "3", "--option", "bits-per-dimension.levels=17"]
+    assert evaluate([str(checkpoint), *words]) == 0
+    assert (
+        "17 levels"
+        in json.loads((tmp_path / "run" / "step-000000002.metrics.json").read_text())["metrics"][0]["metric"]
+    )
     assert evaluate([str(checkpoint), "data.split=train", "--metrics", "loss-by-time", "--count", "1000"]) == 2
     assert "expected 2 to 898 samples" in capsys.readouterr().err

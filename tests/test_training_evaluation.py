@@ -11,7 +11,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pathline import metrics, train
+from pathline import Draws, metrics, train
 from pathline.core.config import resolve
 from pathline.core.errors import ConfigurationError
 from pathline.metrics import Real, Record, features
@@ -181,6 +181,22 @@ def test_several_processes_find_what_one_does(strategy, processes, tmp_path):
     for first, second in zip(one, two, strict=True):
         assert first["count"] == second["count"] == 37
         assert first["values"] == pytest.approx(second["values"], rel=1e-3)
+
+
+@pytest.mark.parametrize("law", ["balanced", "random", "none", 3])
+def test_metrics_see_each_sample_once_with_the_label_that_was_asked_for(law, tmp_path, stub):
+    seen = []
+
+    class Seeing(Stub):
+        def take(self, batch, outputs):
+            seen.append({name: value.tolist() for name, value in batch.items() if name != "data"})
+
+    stub("seeing", Seeing)
+    trained(tmp_path, {"metrics": ["seeing"], "every": 6, "labels": law, "seed": 3})
+    assert [i for batch in seen for i in batch["index"]] == list(range(37))
+    labels = [label for batch in seen for label in batch.get("label", ())]
+    random = (Draws(3).uniform("labels", range(37)) * 10).long().tolist()
+    assert labels == {"balanced": [i % 10 for i in range(37)], "random": random, "none": [], 3: [3] * 37}[law]
 
 
 @needs_gloo
