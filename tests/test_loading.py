@@ -401,4 +401,4 @@ def test_the_benchmark_prints_its_tables(tmp_path):
         "`prepared`, load",
     ]
     kinds = [row for row in rows if row[0].removeprefix("| ").startswith(("latents", "means", "moments", "pixels"))]
-    assert len(kinds) == 7 and all(row[2].endswith("%") and "< 1%" in row[5] for row in kinds)
+    assert len(kinds) == 7 and all(row[2].endswith("%") and "< 1%" in row[6] for row in kinds)
