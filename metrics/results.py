@@ -80,7 +80,10 @@ class Result:
 
 
 def output_of(path: Path) -> Path:
-    """Return where the results of samples go: ``<samples>.metrics.json`` beside them."""
+    """Return where the results of samples go: ``<samples>.metrics.json`` beside the file, its shards or the folder."""
+    if path.is_dir() and path.suffix != ".shards":
+        path = path.resolve()  # of "." the name
+        return path.with_name(path.name + ENDING)
     return path.with_suffix(ENDING)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -60,6 +61,15 @@ def test_a_file_holds_the_result_with_its_evidence(tmp_path):
     assert result.shape == (1, 3, 5) and result.drawn == DRAWN
     ((column, figure),) = result.figures.items()
     assert column == ("fid", "fid") and str(figure) == "2.062 ± 0.032"
+
+
+def test_results_lie_beside_what_they_are_of(tmp_path, monkeypatch):
+    for name in ("out.shards", "images.v2"):
+        (tmp_path / name).mkdir()
+    assert output_of(tmp_path / "out.shards") == tmp_path / "out.metrics.json" == output_of(tmp_path / "out.npz")
+    assert output_of(tmp_path / "images.v2") == tmp_path / "images.v2.metrics.json"
+    monkeypatch.chdir(tmp_path / "images.v2")
+    assert output_of(Path(".")) == tmp_path / "images.v2.metrics.json"
 
 
 def test_files_written_before_are_read(tmp_path):
