@@ -135,7 +135,7 @@ class ModelMetric(ABC):
         metric: what is measured, with its options; see ``ModelRecord``, as for the other two.
         title: what stands above the plot.
         ordered: whether the rows follow an order, as layers do; they are then coloured along it.
-        by_time: whether times are what it is measured at; any other is built by its name alone.
+        by_time: whether times are what it is measured at; an analysis takes any other only where it is named.
     """
 
     metric: str
@@ -265,12 +265,7 @@ class ModelMetric(ABC):
 
 
 registry: Registry[ModelMetric] = Registry("metric of a model", "metrics.models", ModelMetric)
-register, build = registry.register, registry.build
-
-
-def names() -> list[str]:
-    """Return the metrics that are measured by time, sorted: what an analysis takes unless others are named."""
-    return [entry.name for entry in registry if getattr(entry.factory, "by_time", True)]
+register, build, names = registry.register, registry.build, registry.names
 
 
 def table(record: ModelRecord) -> str:

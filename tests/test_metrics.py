@@ -414,7 +414,6 @@ def test_bits_of_levels(gaussian):
 
 
 def test_bits_by_name_and_what_they_refuse(gaussian):
-    assert "bits-per-dimension" not in models.names() and "bits-per-dimension" in models.registry.names()
     said = models.build("bits-per-dimension").metric
     assert said == "bits-per-dimension, 256 levels, uniformly dequantised, dopri5, 1 Rademacher probe"
     for options in ({"levels": 1}, {"interval": (1.0, -1.0)}, {"probes": 0}):

@@ -183,7 +183,8 @@ def _build(given: argparse.Namespace) -> dict[str, ModelMetric]:
     solver = {"name": "euler-maruyama", "steps": given.steps}
     options = {"solver": solver, "distance": given.distance, "bins": given.bins}
     built = {}
-    for name in given.metrics or models.names():
+    every = [entry.name for entry in models.registry if getattr(entry.factory, "by_time", True)]
+    for name in given.metrics or every:
         known = models.registry.entry(name).options()
         built[name] = models.build(name, **{key: value for key, value in options.items() if key in known})
     return built
