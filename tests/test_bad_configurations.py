@@ -132,6 +132,13 @@ SECTIONS = [
     ("sample.output=x.png", "sample.output", "ends in .npz"),
     ("sample.average=ema-0.05 ema.lengths=[0.05]", "sample.average", "did you mean 'ema-0.050'?"),
     ("sample.average=''", "sample.average", "at least 1 character"),
+    ("sample.decode_batch=0", "sample.decode_batch", "greater than or equal to 1"),
+    ("sample.devices=0", "sample.devices", "greater than or equal to 1"),
+    ("sample.shard=0", "sample.shard", "greater than or equal to 1"),
+    ("sample.shards=drop", "sample.shards", "'join' or 'keep'"),
+    # --- autoencoder
+    ("autoencoder=[diffusers]", "autoencoder", "expected a name or {name: …, options}"),
+    ("autoencoder=diffuser", "autoencoder.name", "did you mean 'diffusers'?"),
     # --- evaluation in training
     ("evaluation=10", "evaluation", "got 10"),
     ("evaluation.every=0", "evaluation.every", "greater than or equal to 1"),
