@@ -161,7 +161,7 @@ def test_the_next_two_visits_are_loaded_meanwhile_and_no_more():
     time.sleep(0.05)  # for more, were there any
     wanted = [dataset.indices_at(visit.positions, 11).tolist() for visit in visits[: 1 + AHEAD]]
     assert [indices for _, indices in dataset.loaded] == wanted
-    assert {name for name, _ in dataset.loaded} == {"loading_0"}
+    assert {name for name, _ in dataset.loaded} == {"loading"}
     ours.close()
 
 
@@ -230,7 +230,7 @@ def test_closing_ends_the_thread_and_another_visit_starts_one():
     for _ in range(2):
         assert threads() == []
         ours.take(Visit(0, range(3, 5)))
-        assert threads() == ["loading_0"]
+        assert threads() == ["loading"]
         ours.close()
         ours.close()
     assert threads() == []
@@ -247,6 +247,49 @@ def test_closing_waits_for_one_load_at_most():
     threading.Timer(0.1, dataset.hold.set).start()
     ours.close()
     assert threads() == [] and len(dataset.loaded) <= 2 + AHEAD
+
+
+def test_closing_leaves_a_load_behind_that_does_not_end(monkeypatch):
+    monkeypatch.setattr("pathline.training.loading._PATIENCE", 0.1)
+    dataset = Moments()
+    ours = loader(dataset)
+    ours.take(Visit(0, range(3, 5)))
+    while len(dataset.loaded) < 1 + AHEAD:
+        time.sleep(0.005)
+    dataset.hold.clear()
+    ours.take(Visit(0, range(5, 6)))
+    while not ours._queue[-1][1].running():
+        time.sleep(0.005)
+    left, began = ours._thread, time.monotonic()
+    ours.close()
+    assert time.monotonic() - began < 5 and left.is_alive() and left.daemon
+    dataset.hold.set()
+    left.join(10)
+    assert threads() == []
+
+
+def test_one_signal_ends_a_process_that_waits_for_data():
+    script = (
+        "import threading, torch\n"
+        "from pathline import data\n"
+        "from pathline.data.digits.dataset import Digits\n"
+        "from pathline.training import loading\n"
+        "loading._PATIENCE = 0.1\n"
+        "Digits.in_memory, Digits.load = False, lambda *_: print('waits', flush=True) or threading.Event().wait()\n"
+        "ours = loading.Loader(data.build('digits'), loading.Stream(0, 6, 6, 6, 0), torch.device('cpu'))\n"
+        "try:\n"
+        "    ours.take(ours.stream.visits(0)[0])\n"
+        "finally:\n"
+        "    ours.close()\n"
+    )
+    given = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    with subprocess.Popen([sys.executable, "-c", script], **given) as process:
+        try:
+            assert process.stdout.readline() == "waits\n"
+            process.send_signal(signal.SIGINT)
+            assert process.wait(30) == -signal.SIGINT
+        finally:
+            process.kill()
 
 
 def test_orders_may_be_asked_for_by_several_threads():

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from itertools import count
+from queue import SimpleQueue
+from threading import Thread
 from typing import NamedTuple
 
 import torch
@@ -16,6 +18,7 @@ from pathline.data import Batch, Dataset
 __all__ = ["Loader", "Stream", "Visit"]
 
 AHEAD = 2  # visits that are loaded before they are asked for
+_PATIENCE = 5.0  # seconds that a load under way has to end in when the loader is closed
 
 
 class Visit(NamedTuple):
@@ -79,7 +82,8 @@ class Loader:
 
     def __init__(self, dataset: Dataset, stream: Stream, device: torch.device) -> None:
         self.dataset, self.stream, self.device = dataset, stream, device
-        self._thread: ThreadPoolExecutor | None = None
+        self._thread: Thread | None = None
+        self._asked: SimpleQueue[tuple[Visit, Future[Batch]] | None] = SimpleQueue()
         self._queue: deque[tuple[Visit, Future[Batch]]] = deque()
         self._upcoming: Iterator[Visit] = iter(())
 
@@ -96,22 +100,39 @@ class Loader:
         return self.dataset.finish(there, self.stream.draws(visit))
 
     def close(self) -> None:
-        """Drop what was loaded ahead, and end the thread."""
+        """Drop what was loaded ahead, and end the thread; one that waits for data which do not come is left behind."""
         self._drop()
         if self._thread is not None:
-            self._thread.shutdown()
+            self._asked.put(None)
+            self._thread.join(_PATIENCE)
             self._thread = None
 
     def _loaded_ahead(self, visit: Visit) -> Batch:
         if self._thread is None:
-            self._thread = ThreadPoolExecutor(1, "loading", self._use_device)
+            self._asked = SimpleQueue()
+            # a daemon, so that a read that hangs cannot keep the process from ending
+            self._thread = Thread(target=self._serve, args=(self._asked,), name="loading", daemon=True)
+            self._thread.start()
         if not self._queue or self._queue[0][0] != visit:
             self._drop()
             self._upcoming = self.stream.visits_from(visit)
         while len(self._queue) <= AHEAD:
             upcoming = next(self._upcoming)
-            self._queue.append((upcoming, self._thread.submit(self._load, upcoming)))
+            self._queue.append((upcoming, Future()))
+            self._asked.put(self._queue[-1])
         return self._queue.popleft()[1].result()
+
+    def _serve(self, asked: SimpleQueue[tuple[Visit, Future[Batch]] | None]) -> None:
+        """Load what is asked for, visit after visit, until None is asked for."""
+        while (task := asked.get()) is not None:
+            visit, future = task
+            if future.set_running_or_notify_cancel():
+                try:
+                    self._use_device()
+                    future.set_result(self._load(visit))
+                except BaseException as error:
+                    future.set_exception(error)
+            del task, future  # while it waits for more, it holds no batch
 
     def _load(self, visit: Visit) -> Batch:
         """Load a visit, and finish it too where there is no other device.
