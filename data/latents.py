@@ -6,7 +6,7 @@ n rows of a file; C, H, W the shape of one latent.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ class Latents(Dataset):
         path: a file, or a folder of ``*.safetensors`` files; those whose names begin with a dot are left alone.
         num_classes: class labels 0 … num_classes − 1; 0 for data without labels, whose label is 0 throughout.
         scale: factor of the stored values; 0.18215 is that of Stable Diffusion's first autoencoders (arXiv:2112.10752),
-            and 1 is for latents that were scaled before they were stored.
+            and 1 is for latents that were scaled before they were stored: by what, is then not known.
         images: whether batches have an ``image`` as well, uint8, for encoders to align to.
 
     Raises:
@@ -76,6 +76,14 @@ class Latents(Dataset):
         self.shape = (channels, height, width)
         self._ends = np.cumsum([len(packed.labels) for packed in self.files])
         self._labels = torch.cat([packed.labels for packed in self.files])
+
+    @property
+    def latents_of(self) -> Mapping[str, Any] | None:  # type: ignore[override]  # nobody sets it
+        """The autoencoder as far as it is known: by its scaling, unless the latents were scaled before."""
+        if self.scale == 1:
+            return None
+        zeros, stds = [0.0] * self.shape[0], [1 / self.scale] * self.shape[0]
+        return {"scaling": {"mean": zeros, "std": stds, "source": "option scale"}}
 
     def __len__(self) -> int:
         return int(self._ends[-1])

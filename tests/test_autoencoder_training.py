@@ -171,6 +171,16 @@ def test_one_for_pixels_or_other_channels_is_refused(vae, latents, tmp_path):
     assert "has latents of 3 channels, and the data have 4" in refusal(tmp_path, latents(), named(other))
 
 
+def test_the_scale_of_latents_is_that_of_the_autoencoder_unless_they_were_scaled_before(vae, tmp_path):
+    folder = vae(scaling_factor=0.5)
+    save_file({"latents": torch.randn(7, 4, 6, 6), "labels": torch.arange(7)}, tmp_path / "x.safetensors")
+    given = {"name": "latents", "path": str(tmp_path / "x.safetensors"), "num_classes": 11}
+    for scale in (0.5, 1):
+        assert build(resolve(entries(tmp_path, {**given, "scale": scale}, named(folder)))).can_draw
+    found = refusal(tmp_path, {**given, "scale": 0.25}, named(folder))
+    assert "scaling.std [4.0, 4.0, 4.0, 4.0] -> [2.0, 2.0, 2.0, 2.0]" in found and found.count("->") == 1
+
+
 def test_its_entry_is_checked_with_all_others(tmp_path):
     with pytest.raises(ConfigurationError) as caught:
         resolve(entries(tmp_path, "digits", {"name": "sd-vae-ft-emu"}))
