@@ -13,10 +13,23 @@ from typing import Any, NamedTuple
 
 from pathline.core.errors import DataError
 
-__all__ = ["TABLE", "Labels", "check_member", "check_repetition", "fingerprint", "labels_of", "numbered"]
+__all__ = [
+    "LABEL_BYTES",
+    "TABLE",
+    "Labels",
+    "check_member",
+    "check_repetition",
+    "entries_of",
+    "fingerprint",
+    "label_in",
+    "labels_of",
+    "numbered",
+    "of_folders",
+]
 
 TABLE = "dataset.json"
 _MOST_CLASSES = 2**20
+LABEL_BYTES = 32  # bytes of a label in a file of its own
 
 
 class Labels(NamedTuple):
@@ -64,8 +77,22 @@ def labels_of(keys: Sequence[str], table: bytes | None, where: str, *, folders: 
     """
     if not keys:
         raise DataError(f"got no images in {where}, expected some; check the path, and what their names end with")
-    if table is not None:
-        return _from_table(table, keys, where)
+    if table is None:
+        return of_folders(keys, where, folders)
+    entries = entries_of(table, keys, where)
+    if entries is None:
+        return Labels(None, [])
+    wrong = [key for key, entry in zip(keys, entries, strict=True) if type(entry) is not int]
+    if wrong:
+        raise DataError(
+            f"got {TABLE} of {where} with a label of {wrong[0]} that is no whole number, expected a list of pairs "
+            "[path, whole number]; write a class as its number"
+        )
+    return numbered(entries, f"{TABLE} of {where}")
+
+
+def of_folders(keys: Sequence[str], where: str, folders: Collection[str]) -> Labels:
+    """Return the numbers of the topmost folders, sorted by name; none for files side by side. As for ``labels_of``."""
     tops = [key.partition("/")[0] if "/" in key else None for key in keys]
     loose = [key for key, top in zip(keys, tops, strict=True) if top is None]
     names = sorted({top for top in tops if top is not None})
@@ -109,34 +136,40 @@ def fingerprint(keys: Sequence[str], labels: Sequence[int] | None) -> str:
     return found.hexdigest()
 
 
-def _from_table(content: bytes, keys: Sequence[str], where: str) -> Labels:
-    entries = _entries(content, where)
-    if entries is None:
-        return Labels(None, [])
-    given = {path.replace("\\", "/"): label for path, label in entries}
-    without, extra = sorted(set(keys) - given.keys()), sorted(given.keys() - set(keys))
-    if without or extra or len(given) != len(entries):
-        raise DataError(
-            f"got {TABLE} of {where} with {len(entries)} labels for {len(keys)} images: {len(without)} without a label "
-            f"{without[:1]}, {len(extra)} labels without an image {extra[:1]}; make the two agree"
-        )
-    return numbered([given[key] for key in keys], f"{TABLE} of {where}")
+def entries_of(table: bytes, keys: Sequence[str], where: str) -> list[Any] | None:
+    """Return what a table tells of each key, whatever that is; None if it says that there are no labels.
 
-
-def _entries(content: bytes, where: str) -> list[tuple[str, int]] | None:
+    Raises:
+        DataError: it is damaged, tells of a file twice, or not of the same files; names them.
+    """
     try:
-        table: Any = json.loads(content)
+        told: Any = json.loads(table)
     except (ValueError, RecursionError) as error:
         raise DataError(f"got {TABLE} of {where}, which is not JSON: {error}; write it anew") from error
-    if not isinstance(table, dict) or "labels" not in table:
+    if not isinstance(told, dict) or "labels" not in told:
         raise DataError(f'got {TABLE} of {where} without "labels"; write it anew, or remove it')
-    entries = table["labels"]
-    if entries is None:
+    pairs = told["labels"]
+    if pairs is None:
         return None
-    if not isinstance(entries, list) or not all(_is_entry(entry) for entry in entries):
+    if not isinstance(pairs, list) or not all(map(_is_pair, pairs)):
         raise DataError(f'got {TABLE} of {where}, expected "labels" as a list of pairs [path, whole number]')
-    return [(path, label) for path, label in entries]
+    given = {path.replace("\\", "/"): label for path, label in pairs}
+    if len(given) != len(pairs):
+        check_repetition(sorted(path.replace("\\", "/") for path, _ in pairs), f"{TABLE} of {where}")
+    without, extra = sorted(set(keys) - given.keys()), sorted(given.keys() - set(keys))
+    if without or extra:
+        raise DataError(
+            f"got {TABLE} of {where} with {len(pairs)} labels for {len(keys)} files: {len(without)} without a label "
+            f"{without[:1]}, {len(extra)} labels without a file {extra[:1]}; make the two agree"
+        )
+    return [given[key] for key in keys]
 
 
-def _is_entry(entry: Any) -> bool:
-    return isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str) and type(entry[1]) is int
+def label_in(content: bytes) -> int | None:
+    """Return the label that a file ``*.cls`` holds, a whole number in digits; None if it holds anything else."""
+    text = content.strip() if len(content) <= LABEL_BYTES else b""
+    return int(text) if text.isdigit() else None
+
+
+def _is_pair(pair: Any) -> bool:
+    return isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str)

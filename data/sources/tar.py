@@ -14,12 +14,20 @@ from pathline.data.decode import is_image
 from pathline.data.sources.base import registry
 from pathline.data.sources.encoded import EncodedSource
 from pathline.data.sources.files import as_path, read_part, size_of
-from pathline.data.sources.keys import TABLE, Labels, check_member, check_repetition, labels_of, numbered
+from pathline.data.sources.keys import (
+    LABEL_BYTES,
+    TABLE,
+    Labels,
+    check_member,
+    check_repetition,
+    label_in,
+    labels_of,
+    numbered,
+)
 
-__all__ = ["Tar"]
+__all__ = ["Tar", "plain_files"]
 
 _BLOCK = 512
-_LABEL_LIMIT = 32  # bytes of a label in a file of its own
 _DAMAGED = (tarfile.TarError, OSError, ValueError, EOFError, RecursionError, OverflowError)
 
 
@@ -93,12 +101,12 @@ class Tar(EncodedSource):
         return numbered([self._label(inside[beside[stem]], beside[stem]) for stem in stems], where)
 
     def _label(self, place: _Place, name: str) -> int:
-        text = self._read(place, name).strip() if place.size <= _LABEL_LIMIT else b""
-        if not text.isdigit():
+        label = label_in(self._read(place._replace(size=min(place.size, LABEL_BYTES + 1)), name))
+        if label is None:
             raise DataError(
                 f"got {name} of {self.shards[place.shard]}, {place.size} bytes, expected a whole number in digits"
             )
-        return int(text)
+        return label
 
 
 def _shards(path: Path) -> list[Path]:
@@ -121,10 +129,8 @@ def _files_of(path: Path) -> Iterator[tuple[str, int, int]]:
     size = size_of(path)
     try:
         with tarfile.open(path, "r:") as archive:
-            while (member := archive.next()) is not None:
-                archive.members = []  # type: ignore[attr-defined]  # kept, a million would take a gigabyte
-                if not member.isdir():
-                    yield _checked(member, path, size)
+            for member in plain_files(archive, str(path)):
+                yield _checked(member, path, size)
             end = archive.offset
     except _DAMAGED as error:
         if isinstance(error, DataError):
@@ -136,14 +142,23 @@ def _files_of(path: Path) -> Iterator[tuple[str, int, int]]:
         raise DataError(f"got {path}, which ends at byte {end} of {size} without a mark; it is damaged: copy it again")
 
 
+def plain_files(archive: tarfile.TarFile, where: str) -> Iterator[tarfile.TarInfo]:
+    """Yield the files of an archive as they come, folders left out; raises DataError for links, devices and holes."""
+    while (member := archive.next()) is not None:
+        archive.members = []  # type: ignore[attr-defined]  # kept, a million would take a gigabyte
+        if member.isdir():
+            continue
+        if not member.isreg() or member.issparse():
+            raise DataError(
+                f"got the member {member.name} of {where}, which is a link, a device or sparse, expected files; make "
+                "the archive anew with what it links to (tar --dereference --hard-dereference)"
+            )
+        yield member
+
+
 def _checked(member: tarfile.TarInfo, path: Path, size: int) -> tuple[str, int, int]:
     name = member.name.removeprefix("./")
     check_member(name, str(path))
-    if not member.isreg() or member.issparse():
-        raise DataError(
-            f"got the member {name} of {path}, which is a link, a device or sparse, expected files; make the archive "
-            "anew with what it links to (tar --dereference --hard-dereference)"
-        )
     if member.size < 0 or member.offset_data + member.size > size:
         raise DataError(
             f"got the member {name} of {path} of {member.size} bytes from {member.offset_data} on, in an archive of "

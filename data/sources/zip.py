@@ -18,7 +18,7 @@ from pathline.data.sources.encoded import EncodedSource
 from pathline.data.sources.files import LIMIT, as_path, read_part, size_of
 from pathline.data.sources.keys import TABLE, check_member, check_repetition, labels_of
 
-__all__ = ["Member", "Zip", "data_start", "members_of"]
+__all__ = ["Member", "Zip", "content_of", "data_start", "members_of"]
 
 _HEADER = 30  # bytes in front of a member's name, whose last four tell the lengths of name and extra field
 _DAMAGED = (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error, EOFError)
@@ -70,14 +70,14 @@ class Zip(EncodedSource):
         keys = sorted(key for key in inside if is_image(key))
         self._where = np.array([inside[key][1:] for key in keys], np.int64)  # a fifth of what members take
         self._below = below
-        table = _content(file, inside[TABLE]) if TABLE in inside else None
+        table = content_of(file, inside[TABLE]) if TABLE in inside else None
         super().__init__(file, keys, labels_of(keys, table, str(path)), exif=exif, files=[(file.name, size_of(file))])
 
     def content(self, index: int) -> bytes:
         """Return a member's bytes."""
         offset, stored, size, crc, deflated = self._where[index].tolist()
         name = self._below + self.keys[index]
-        return _content(self.path, Member(name, offset, stored, size, crc, bool(deflated)))
+        return content_of(self.path, Member(name, offset, stored, size, crc, bool(deflated)))
 
 
 def members_of(path: Path) -> list[Member]:
@@ -112,6 +112,22 @@ def data_start(path: Path, member: Member) -> int:
     return member.offset + _HEADER + int(name) + int(extra)
 
 
+def content_of(path: Path, member: Member) -> bytes:
+    """Return what a member holds; raises DataError if that is not what the archive's list tells, or too large."""
+    name = f"{member.name} of {path}"
+    if member.size > LIMIT:
+        raise DataError(f"got {name}, which claims {member.size} bytes, expected {LIMIT} or fewer; leave it out")
+    content = read_part(path, data_start(path, member), member.stored, name)
+    try:
+        if member.deflated:  # one byte more than claimed is enough to tell a false claim
+            content = zlib.decompressobj(-15).decompress(content, member.size + 1)
+    except zlib.error as error:
+        raise DataError(f"got {name}, which cannot be decompressed: {error}; copy the archive again") from error
+    if len(content) != member.size or zlib.crc32(content) != member.crc:
+        raise DataError(f"got {name} with other bytes than the archive's list tells; it is damaged: copy it again")
+    return content
+
+
 def _member(info: zipfile.ZipInfo, path: Path, size: int) -> Member:
     check_member(info.filename, str(path))
     name = f"{info.filename} of {path}"
@@ -129,18 +145,3 @@ def _member(info: zipfile.ZipInfo, path: Path, size: int) -> Member:
         )
     deflated = info.compress_type == zipfile.ZIP_DEFLATED
     return Member(info.filename, info.header_offset, info.compress_size, info.file_size, info.CRC, deflated)
-
-
-def _content(path: Path, member: Member) -> bytes:
-    name = f"{member.name} of {path}"
-    if member.size > LIMIT:
-        raise DataError(f"got {name}, which claims {member.size} bytes, expected {LIMIT} or fewer; leave it out")
-    content = read_part(path, data_start(path, member), member.stored, name)
-    try:
-        if member.deflated:  # one byte more than claimed is enough to tell a false claim
-            content = zlib.decompressobj(-15).decompress(content, member.size + 1)
-    except zlib.error as error:
-        raise DataError(f"got {name}, which cannot be decompressed: {error}; copy the archive again") from error
-    if len(content) != member.size or zlib.crc32(content) != member.crc:
-        raise DataError(f"got {name} with other bytes than the archive's list tells; it is damaged: copy it again")
-    return content
