@@ -15,6 +15,8 @@ from safetensors.torch import save_file
 from pathline import DataError, InputError, InputTypeError, data
 from pathline.core.config import resolve
 from pathline.core.draws import Draws
+from pathline.data.layouts.files import hash_of_files
+from pathline.data.layouts.stores import Folder
 from pathline.training import Trainer
 
 SHAPE = (3, 5, 2)
@@ -371,10 +373,26 @@ def test_wrong_contents_are_named(features):
     assert "of shape (2, 3, 5, 2), expected (1, C, H, W)" in fast_refusal(features)
 
 
+def test_the_hash_of_many_files_reads_64_spread_evenly(tmp_path):
+    for number in range(130):
+        (tmp_path / f"{number:03d}").write_text(str(number % 7))
+    store, names = Folder(tmp_path), [f"{number:03d}" for number in range(130)]
+    whole, seen = hash_of_files(store, names), []
+    for name in names:
+        before = (tmp_path / name).read_text()
+        (tmp_path / name).write_text("x")
+        seen += [int(name)] if hash_of_files(store, names) != whole else []
+        (tmp_path / name).write_text(before)
+    assert len(seen) == 64 and (seen[0], seen[-1]) == (0, 129)
+    assert set(np.diff(seen).tolist()) == {2, 3}
+
+
 def test_the_manifest_of_features(features):
     manifest = json.loads(json.dumps(fast(features).manifest))
     size = (features / "imagenet256_features/0.npy").stat().st_size
-    names = "".join(f"{number}.npy\0{size}\n" for number in NUMBERS)
-    assert manifest["sha256"] == hashlib.sha256(names.encode()).hexdigest() and manifest["count"] == 5
+    names = "".join(f"{number}.npy\0{size}\n" for number in NUMBERS).encode()
+    files = [(features / f"imagenet256_features/{number}.npy").read_bytes() for number in NUMBERS]
+    names += b"".join(hashlib.sha256(content).digest() for content in files)
+    assert manifest["sha256"] == hashlib.sha256(names).hexdigest() and manifest["count"] == 5
     values = np.concatenate([value_of(number) for number in NUMBERS]).astype(np.float64)
     np.testing.assert_allclose(fast(features).statistics["std"], values.std((0, 2, 3), ddof=1), rtol=1e-6)

@@ -94,9 +94,11 @@ class FastDit(StoredLatents):
 
     @cached_property
     def _contents(self) -> Mapping[str, Any]:
+        labels = {"labels_sha256": hash_of_files(self._labels, self._names)} if self.num_classes else {}
         return {
             "sha256": hash_of_files(self._features, self._names),
-            "sha256_of": "names and sizes of the files of features; labels lie in a file each and are not covered",
+            **labels,
+            "sha256_of": "names and sizes of the files, and the contents of 64, spread evenly; of labels likewise",
         }
 
 

@@ -74,7 +74,7 @@ class MomentTree(StoredLatents):
     def _contents(self) -> Mapping[str, Any]:
         return {
             "sha256": hash_of_files(self._store, self._files, self._labels if self.num_classes else None),
-            "sha256_of": "names and sizes of the files of moments, and labels",
+            "sha256_of": "names and sizes of the files of moments, the contents of 64, spread evenly, and labels",
         }
 
 
