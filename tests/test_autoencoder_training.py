@@ -254,6 +254,88 @@ def test_weights_do_not_depend_on_it_and_a_run_goes_on_with_another_precision(va
         assert trainer.state.step == 2
 
 
+def edited(checkpoint, change):
+    """Write a checkpoint's state again, changed."""
+    state = json.loads((checkpoint / STATE).read_text())
+    change(state)
+    (checkpoint / STATE).write_text(json.dumps(state))
+    (checkpoint / MANIFEST).unlink()
+    write_manifest(checkpoint, 2, good=True)
+
+
+def resumed(folder, given, checkpoint, allow=()):
+    trainer = Trainer(resolve(entries(folder, given)))
+    trainer.resume(checkpoint, allow)
+    return trainer.state.step
+
+
+def test_a_run_goes_on_with_the_statistics_that_it_began_with(latents, tmp_path):
+    given = latents()
+    checkpoint = trained(tmp_path / "run", given)
+
+    def stretch(factor):
+        edited(
+            checkpoint, lambda state: state["statistics"].update(std=[s * factor for s in state["statistics"]["std"]])
+        )
+
+    stretch(1.000005)
+    assert resumed(tmp_path / "run", given, checkpoint) == 2
+    stretch(1.00005)
+    with pytest.raises(CheckpointError, match=r"of another configuration[^\n]*\n  the data's statistics: std \["):
+        resumed(tmp_path / "run", given, checkpoint)
+    assert resumed(tmp_path / "run", given, checkpoint, ["data"]) == 2
+    edited(checkpoint, lambda state: state.pop("statistics"))
+    assert resumed(tmp_path / "run", given, checkpoint) == 2
+
+
+def test_a_run_goes_on_with_latents_of_the_same_autoencoder(latents, tmp_path):
+    told = {"class": "AutoencoderKL", "scaling": FACTOR}
+    checkpoint = trained(tmp_path / "run", latents(told))
+    given = latents({**told, "scaling": {**FACTOR, "mean": [0.5] * 4}})
+    with pytest.raises(CheckpointError, match=r"the data's samples: latents_of.scaling.mean \[0.0.* -> \[0.5"):
+        resumed(tmp_path / "run", given, checkpoint)
+    assert resumed(tmp_path / "run", given, checkpoint, ["data"]) == 2
+    assert resumed(tmp_path / "run", latents({"class": "AutoencoderKL"}), checkpoint) == 2
+
+
+@pytest.mark.parametrize("replaced", ["features", "labels"])
+def test_files_replaced_by_others_of_their_size_are_noticed(replaced, tmp_path):
+    """Names and sizes stay, and so do the statistics of what is replaced."""
+    for number in range(7):
+        values = np.random.default_rng(number).permutation(144).reshape(1, 4, 6, 6).astype("f4")
+        for kind, array in (("features", values), ("labels", np.array([number]))):
+            (tmp_path / f"x_{kind}").mkdir(exist_ok=True)
+            np.save(tmp_path / f"x_{kind}" / f"{number}.npy", array)
+    given = {"name": "fast-dit", "path": str(tmp_path), "num_classes": 11}
+    checkpoint = trained(tmp_path / "run", given)
+    assert resumed(tmp_path / "run", given, checkpoint) == 2
+    other = values[..., ::-1, :]  # upside down
+    np.save(tmp_path / f"x_{replaced}" / "6.npy", other if replaced == "features" else np.array([3]))
+    key = "sha256" if replaced == "features" else "labels_sha256"
+    with pytest.raises(CheckpointError, match=f"--allow:\n  the data's {key}: [^\n]*$"):
+        resumed(tmp_path / "run", given, checkpoint)
+
+
+@pytest.mark.parametrize("form", ["run", "exported", "weights alone"])
+def test_training_begins_with_a_model_of_the_same_latents(form, latents, tmp_path):
+    told = {"class": "AutoencoderKL", "scaling": FACTOR}
+    path = tmp_path / "run"
+    checkpoint = trained(path, latents(told))
+    if form != "run":
+        path = export(checkpoint)
+    if form == "weights alone":
+        path.with_suffix(".json").unlink()
+    for changes, refused in (({}, False), ({"scaling": {**FACTOR, "std": [7.0] * 4}}, form != "weights alone")):
+        trainer = Trainer(resolve(entries(tmp_path / "next", latents({**told, **changes}))))
+        before = trainer.state.fingerprint()
+        if refused:
+            with pytest.raises(CheckpointError, match=r"a model of other data .*latents_of.scaling.std \[5.48.*7.0"):
+                trainer.initialize_from(path)
+        else:
+            trainer.initialize_from(path)
+        assert (trainer.state.fingerprint() == before) is refused
+
+
 # --- sampling
 
 
@@ -302,14 +384,52 @@ def test_data_that_words_name_are_looked_for(run, tmp_path):
         sampling.load(run, [f"data.path={tmp_path / 'elsewhere'}"])
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"scaling": {**FACTOR, "std": [1 / 0.13025] * 4}}, "latents_of.scaling.std \\[5.48.* -> \\[7.67"),
+        ({"class": "AutoencoderTiny"}, "latents_of.class 'AutoencoderKL' -> 'AutoencoderTiny'"),
+    ],
+)
+def test_data_that_words_name_are_of_the_kind_that_was_trained_on(changes, said, vae, latents, tmp_path):
+    folder = vae()
+    checkpoint = trained(tmp_path / "run", latents(manifest(folder)), named(folder))
+    _, parts = sampling.load(checkpoint, ["data.images=false"])
+    assert isinstance(parts.dataset, data.Latents) and parts.can_draw
+    latents({**manifest(folder), **changes})
+    with pytest.raises(ConfigurationError, match=f"data: are others than the model was trained on .*{said}"):
+        sampling.load(checkpoint, ["data.images=false"])
+    latents()  # which tell nothing: the autoencoder is still compared with what was trained
+    with pytest.raises(ConfigurationError, match="autoencoder: is another than the latents are of"):
+        sampling.load(checkpoint, ["data.images=false", f"autoencoder.model={vae('w', scaling_factor=0.13025)}"])
+    with pytest.raises(ConfigurationError, match=r"num_classes 11 -> 12"):
+        sampling.load(checkpoint, ["data.num_classes=12"])
+
+
+def test_a_word_that_is_none_names_those_that_are(run):
+    with pytest.raises(ConfigurationError) as caught:
+        sampling.load(run, ["train.steps=3"])
+    for word in ("sample.…", "train.tf32=…", "data.…", "autoencoder=…"):
+        assert word in str(caught.value)
+
+
+def test_a_weak_model_is_of_the_same_latents(latents, tmp_path):
+    told = {"class": "AutoencoderKL", "scaling": FACTOR}
+    strong = trained(tmp_path / "strong", latents(told))
+    weak = trained(tmp_path / "weak", latents(told))
+    other = trained(tmp_path / "other", latents({**told, "input_range": [0, 1], "class": "VQModel"}))
+    word = "guidance=[{{name: autoguidance, weak: {}, scale: 2.0}}]"
+    assert sampling.load(strong, [word.format(weak)])[0].guidance[0]["weak"] == str(weak)
+    with pytest.raises(ConfigurationError, match=r"guidance.0.weak: got .*other.*'AutoencoderKL' -> 'VQModel'\)"):
+        sampling.load(strong, [word.format(other)])
+    edited(other, lambda state: state.pop("samples"))
+    assert sampling.load(strong, [word.format(other)])[0].guidance[0]["weak"] == str(other)
+
+
 def test_an_older_checkpoint_looks_for_its_data(vae, latents, tmp_path):
     folder = vae()
     checkpoint = trained(tmp_path / "run", latents(manifest(folder)), named(folder))
-    state = json.loads((checkpoint / STATE).read_text())
-    del state["samples"], state["configuration"]["autoencoder"]
-    (checkpoint / STATE).write_text(json.dumps(state))
-    (checkpoint / MANIFEST).unlink()
-    write_manifest(checkpoint, 2, good=True)
+    edited(checkpoint, lambda state: (state.pop("samples"), state["configuration"].pop("autoencoder")))
     assert read_trained(checkpoint).data is None
     _, parts = sampling.load(checkpoint, [])
     assert isinstance(parts.dataset, data.Latents) and parts.autoencoder is None

@@ -13,31 +13,26 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from pathline import __version__
-from pathline.core.config import Configuration, differences, resolve
+from pathline.core.config import resolve
 from pathline.core.errors import CheckpointError
-from pathline.core.sections import Train
 from pathline.training import checkpoints, sharded
 from pathline.training.checkpoints import Snapshot, check_tensors
-from pathline.training.described import samples_of
+from pathline.training.described import Described, samples_of
 from pathline.training.devices import Agreement
 from pathline.training.ema import Averages
 from pathline.training.exported import read_weights
 from pathline.training.guard import Guard
+from pathline.training.latents import changes_of_samples
 from pathline.training.loading import Loader, Stream
+from pathline.training.manifest import parse
 from pathline.training.network import checkpoint_activations, compile_units, shard
 from pathline.training.optim import Optimizers
 from pathline.training.parts import Parts
+from pathline.training.same_run import check_same_run
 from pathline.training.window import Window
 
-__all__ = ["State", "check_same_run", "load_weights"]
+__all__ = ["State", "load_weights"]
 
-# what may change between a checkpoint and the run that goes on from it: nothing that moves a weight but by rounding
-FREE = (
-    "train.stop_at train.folder train.threads train.accelerator train.devices train.num_nodes train.strategy "
-    "train.micro_batch train.initialize_from train.activation_checkpointing train.compile train.timeout "
-    "train.collect_garbage_every guard.rollback_after guard.max_rollbacks ema.snapshot_every "
-    "log. checkpoint. solver. guidance sample. autoencoder evaluation."
-).split()
 COUNTERS = ("step", "passed", "skipped", "streak", "rollbacks", "rolled_to")
 MAPPINGS = ("scaler", "guard", "averages", "window", "configuration", "data")
 SCALARS: dict[str, type] = {**dict.fromkeys(COUNTERS, int), **dict.fromkeys(MAPPINGS, dict), "encoders": list}
@@ -165,7 +160,7 @@ class State:
             wrong.append("encoders")
         if wrong:
             raise CheckpointError(f"got {path} without a usable {', '.join(wrong)}; use another checkpoint")
-        check_same_run(saved, self.parts, self.describe()["data"], path, allow)
+        check_same_run(saved, self.parts, self.describe(), path, allow)
         self._check_scalars(saved, path)
         ours = self.tensors()
         theirs = {name: _read(path, name, tensors, self.agreement) for name, tensors in ours.items()}
@@ -210,66 +205,28 @@ def _read(path: Path, group: str, ours: Mapping[str, Tensor], agreement: Agreeme
     return sharded.read_into(path / group, ours, agreement.group)
 
 
-def check_same_run(
-    saved: Mapping[str, Any], parts: Parts, data: Mapping[str, Any], path: Path, allow: Sequence[str] = ()
-) -> None:
-    """Raise CheckpointError if the checkpoint's configuration or data differ in what the weights depend on.
-
-    ``data`` is the manifest of the run's. Differences in what ``allow`` names, entries or whole sections, are none.
-    """
-    before: Configuration = resolve(saved["configuration"])
-    constant = parts.configuration.optim.schedule == "constant"  # only then is a longer run the same so far
-    free = (*FREE, "train.steps") if constant else tuple(FREE)
-    changed = [line for line in differences(before, parts.configuration) if not line.startswith(free)]
-    old, new = before.train, parts.configuration.train
-    if parts.objective.mixes_samples and _cut(old) != _cut(new):
-        changed.append(
-            f"train.micro_batch: {old.micro_batch} on {old.devices * old.num_nodes} devices -> {new.micro_batch} on "
-            f"{new.devices * new.num_nodes}, and the objective mixes all that is taken at once"
-        )
-    changed += _changes("the data's", saved["data"], data)
-    encoded: list[dict[str, Any]] = saved["encoders"]
-    for number, (then, source) in enumerate(zip(encoded, parts.encoders, strict=False)):  # their number is configured
-        changed += _changes(f"the encoders.{number}'s", then, source.manifest)
-    allowed = tuple(f"{name}{end}" for name in allow for end in (":", "."))
-    allowed += tuple(f"the {name}" for name in ("data", "encoders") if name in allow)
-    changed = [line for line in changed if not line.startswith(allowed)]
-    if changed:
-        raise CheckpointError(
-            f"got {path} of another configuration; give these back their values, start anew in another train.folder, "
-            "or name what may differ by --allow:\n  " + "\n  ".join(changed)
-        )
-
-
-def _changes(whose: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """List what two manifests tell differently."""
-    return [
-        f"{whose} {key}: {before.get(key)!r} -> {after.get(key)!r}"
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key)
-    ]
-
-
-def _cut(train: Train) -> list[int]:
-    """Return how many samples of a global batch are taken at once, in the order of the training stream."""
-    workers = train.devices * train.num_nodes
-    share = train.global_batch // workers
-    micro = train.micro_batch or share
-    return [min(micro, share - start) for start in range(0, share, micro)] * workers
-
-
 def load_weights(state: State, path: Path) -> None:
     """Start from weights: a safetensors file in our layout, or the averaged weights of a checkpoint or a run.
 
+    Where these tell of their data, they have to be of the same kind: pixels, or latents of the same autoencoder. Shape
+    and classes are the network's to refuse.
+
     Raises:
-        CheckpointError: nothing there, damaged, or of another network.
+        CheckpointError: nothing there, damaged, of another network, or of a model of other latents.
     """
     if path.suffix == ".safetensors" and path.is_file():
         weights: Mapping[str, Tensor] = read_weights(path)
+        saved = parse(path.with_suffix(".json")) if path.with_suffix(".json").is_file() else {}
     else:
         checkpoint = checkpoints.find(path)
         saved = checkpoints.read_state(checkpoint)
         weights = checkpoints.read_group(checkpoint, resolve(saved["configuration"]).ema.names[0])
+    changed = changes_of_samples(Described(saved), state.parts.dataset, shaped=()) if "samples" in saved else []
+    if changed:
+        raise CheckpointError(
+            f"got train.initialize_from {path}, a model of other data than this run's ({'; '.join(changed)}); give one "
+            "of the same, or its weights alone in a safetensors file, without the JSON file that tells of them"
+        )
     check_tensors(state.network.state_dict(), weights, f"weights in {path}")
     with torch.no_grad():
         for network in (state.network, *state.averages.tracks.values()):

@@ -11,14 +11,17 @@ from pathlib import Path
 from torch import nn
 
 from pathline import backbones, interpolants, objectives
+from pathline import data as datasets
 from pathline.core import overrides
 from pathline.core.config import Configuration, resolve
 from pathline.core.errors import CheckpointError, ConfigurationError, PathlineError
 from pathline.core.flow import Flow
 from pathline.core.foreign import PICKLED
+from pathline.data import Dataset
 from pathline.training import checkpoints
 from pathline.training.described import Described, read_trained
 from pathline.training.exported import load_exported
+from pathline.training.latents import SHAPED, changes_of_samples
 from pathline.training.manifest import SUFFIX, parse
 from pathline.training.parts import Parts, build
 from pathline.training.released import RELEASED_WORDS, is_released, read_released
@@ -44,7 +47,7 @@ def load(path: Path, words: Sequence[str]) -> tuple[Configuration, Parts]:
 
     Where guidance names a weak model, as a run's folder, a checkpoint or exported weights, its averaged weights are
     loaded too, and the configuration names where they lie. The data that it was trained on are looked for only where
-    older checkpoints do not tell of them, or words name them.
+    older checkpoints do not tell of them, or words name them, which then have to be of the kind that was trained on.
 
     Args:
         path: a checkpoint, weights written by ``training.export``, or a file of another program.
@@ -59,9 +62,8 @@ def load(path: Path, words: Sequence[str]) -> tuple[Configuration, Parts]:
     released = is_released(path, words)
     for word in words:
         if not word.startswith((*_WORDS, *(RELEASED_WORDS if released else ()))):
-            raise ConfigurationError(
-                f"got {word!r} for a trained model, expected sample.…, solver.…, guidance.… or autoencoder.… alone"
-            )
+            wanted = ", ".join(f"{start}…" for start in (*_WORDS, *(RELEASED_WORDS if released else ())))
+            raise ConfigurationError(f"got {word!r} for a trained model, expected one of {wanted} alone")
     configuration: Configuration
     fill: Callable[[nn.Module], None]
     data: Described | None
@@ -72,11 +74,27 @@ def load(path: Path, words: Sequence[str]) -> tuple[Configuration, Parts]:
         trained = read_trained(path)
         configuration = resolve(overrides.apply(trained.configuration.model_dump(mode="json"), words))
         fill = partial(_load_average, path=path, configuration=configuration)
-        data = None if any(word.startswith("data.") for word in words) else trained.data
-    configuration, loaded = _with_weak_models(configuration)
+        data = trained.data
+    configuration, loaded = _with_weak_models(configuration, data)
     parts = replace(build(loaded, training=False, data=data), configuration=configuration)
+    if data is not None and any(word.startswith("data.") for word in words) and not released:
+        parts = replace(parts, dataset=_named_data(configuration, data))
     fill(parts.backbone)
     return configuration, parts
+
+
+def _named_data(configuration: Configuration, trained: Described) -> Dataset:
+    """Return the data that words name, compared with what a model was trained on."""
+    try:
+        dataset = datasets.build(configuration.data)
+    except PathlineError as error:
+        raise ConfigurationError(f"data: {error}") from error
+    changed = changes_of_samples(trained, dataset)
+    if changed:
+        raise ConfigurationError(
+            f"data: are others than the model was trained on ({'; '.join(changed)}); name data of the same kind"
+        )
+    return dataset
 
 
 def find(model: Path, warn: Callable[[str], None]) -> Path:
@@ -100,8 +118,11 @@ def _trained_configuration(path: Path) -> Configuration:
     return read_trained(path).configuration
 
 
-def _with_weak_models(configuration: Configuration) -> tuple[Configuration, Configuration]:
-    """Return the configuration with weak models named by where they lie, and the same with the models instead."""
+def _with_weak_models(configuration: Configuration, data: Described | None) -> tuple[Configuration, Configuration]:
+    """Return the configuration with weak models named by where they lie, and the same with the models instead.
+
+    ``data`` are those of the model that they guide, as far as it tells.
+    """
     named, loaded = [], []
     for number, item in enumerate(configuration.guidance):
         named.append(item)
@@ -109,7 +130,7 @@ def _with_weak_models(configuration: Configuration) -> tuple[Configuration, Conf
         if isinstance(item.get("weak"), str):
             try:
                 path = _find_weak(Path(item["weak"]))
-                loaded[-1] = {**item, "weak": _weak_flow(path)}
+                loaded[-1] = {**item, "weak": _weak_flow(path, data)}
             except PathlineError as error:
                 raise ConfigurationError(f"guidance.{number}.weak: {error}") from error
             named[-1] = {**item, "weak": str(path)}
@@ -126,9 +147,17 @@ def _find_weak(model: Path) -> Path:
     return path
 
 
-def _weak_flow(path: Path) -> Flow:
+def _weak_flow(path: Path, guided: Described | None) -> Flow:
     """Return the flow of a model's averaged weights, on the path that it was trained on."""
-    trained = read_trained(path).configuration
+    trained, data = read_trained(path)
+    if data is not None and guided is not None:
+        labels = bool(data.num_classes and guided.num_classes)  # a model without may guide one with
+        changed = changes_of_samples(guided, data, shaped=SHAPED if labels else SHAPED[:1])
+        if changed:
+            raise ConfigurationError(
+                f"got {path}, which was trained on other data than what it guides ({'; '.join(changed)}); give a model "
+                "of the same"
+            )
     interpolant = interpolants.build(trained.interpolant)
     objective = objectives.build(trained.objective, interpolant=interpolant)
     backbone = backbones.build(trained.backbone)
