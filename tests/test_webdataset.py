@@ -182,7 +182,7 @@ def test_statistics_of_all_and_of_whole_shards_that_are_drawn(shards, monkeypatc
     np.testing.assert_allclose(found["mean"], values.mean((0, 2, 3)), rtol=1e-6, atol=1e-7)
     np.testing.assert_allclose(found["std"], values.std((0, 2, 3), ddof=1), rtol=1e-6)
     assert found["over"]["of"] == found["over"]["samples"] == 28
-    monkeypatch.setattr("pathline.data.layouts.webdataset.STATISTICS", 8)
+    monkeypatch.setattr("pathline.data.layouts.webdataset.SURVEYED", 8)
     ends = np.cumsum(COUNTS)
     drawn = Draws(0).permutation("statistics", len(COUNTS))
     rows = np.concatenate([np.arange(ends[n] - COUNTS[n], ends[n]) for n in drawn])[:8]
@@ -643,7 +643,7 @@ def test_shards_that_are_none(tmp_path):
         ([("0.npy", npy(value(0))), ("0.cls", b"11")], "got the label 11 of 0 in"),
         ([("0.npy", npy(value(0))), ("0.json", b"[")], "no label of 0 in"),
         ([("0.npy", npy(value(0))), ("0.json", b"[" * 10_000)], "no label of 0 in"),
-        ([("0.npy", npy(value(0))), ("0.json", b'{"label": 1.5}')], "got the label 1.5 of 0 in"),
+        ([("0.npy", npy(value(0))), ("0.json", b'{"label": 1.5}')], "got a label of type float of 0 in"),
         ([("0.npy", npy(value(0))), ("0.json", b'{"other": 1}')], "no label of 0 in"),
         ([("0.npy", npy(value(0)).replace(b"<f2", b"|O ")), ("0.cls", b"1")], "0 in"),
         ([("0.npy", npy(np.zeros(SHAPE))), ("0.cls", b"1")], "of type float64"),

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 
 from pathline.core.errors import DataError
 
-__all__ = ["FLOATS", "INTEGERS", "read_array"]
+__all__ = ["NPY_FLOATS", "NPY_INTEGERS", "read_array"]
 
-FLOATS = ("<f2", "<f4")
-INTEGERS = ("<i4", "<i8")
+NPY_FLOATS = ("<f2", "<f4")
+NPY_INTEGERS = ("<i4", "<i8")
 _PREAMBLE = 10  # bytes of version 1.0: the magic, the version, and a length of two bytes
 _MAGIC = b"\x93NUMPY\x01\x00"
 
@@ -26,7 +26,7 @@ def read_array(content: bytes, name: str, types: Collection[str]) -> NDArray[np.
     Args:
         content: of the file.
         name: of the file, for errors.
-        types: that its values may have, as ``FLOATS``; objects are none.
+        types: that its values may have, as ``NPY_FLOATS``; objects are none.
 
     Raises:
         DataError: it is truncated, forged, of another type, or not in C order; names the file.

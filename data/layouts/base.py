@@ -19,15 +19,23 @@ from torch import Tensor
 from pathline.core.draws import BoundDraws, Draws, send
 from pathline.core.errors import DataError, InputError, InputTypeError
 from pathline.data.base import Batch, Dataset, Indices, as_indices
+from pathline.data.visits import NOISE, posterior_noise
 
-__all__ = ["POSTERIOR", "STATISTICS", "Scaling", "StoredLatents", "check_label", "check_options", "moments"]
+__all__ = [
+    "SURVEYED",
+    "LatentScaling",
+    "StoredLatents",
+    "check_deviations",
+    "check_label",
+    "check_options",
+    "moments",
+]
 
-POSTERIOR = "posterior noise"  # stream of the draws from an autoencoder's posterior
-STATISTICS = 10_000  # samples that the statistics are taken over
+SURVEYED = 10_000  # samples that the statistics are taken over
 _CHUNK = 256
 
 
-class Scaling(NamedTuple):
+class LatentScaling(NamedTuple):
     """Model space from stored latents, channel by channel: (z − mean)/std.
 
     Attributes:
@@ -41,7 +49,7 @@ class Scaling(NamedTuple):
     source: str
 
     @classmethod
-    def by(cls, factor: float, channels: int, source: str) -> Scaling:
+    def by(cls, factor: float, channels: int, source: str) -> LatentScaling:
         """Return the scaling that multiplies by one factor: mean 0, std 1/factor."""
         return cls((0.0,) * channels, (1 / factor,) * channels, source)
 
@@ -64,7 +72,7 @@ class StoredLatents(Dataset):
 
     data_are_images = False
     kind: str
-    scaling: Scaling
+    scaling: LatentScaling
     name: str
 
     @abstractmethod
@@ -85,22 +93,22 @@ class StoredLatents(Dataset):
         """
         index = as_indices(indices, len(self))
         loaded = {**self._stored(index.numpy()), "index": index}
-        return {**loaded, POSTERIOR: draws.normal(POSTERIOR, self.shape)} if self.kind == "moments" else loaded
+        return {**loaded, NOISE: posterior_noise(draws, self.shape)} if self.kind == "moments" else loaded
 
     def finish(self, loaded: Batch, draws: BoundDraws) -> Batch:
         """Take from the posterior of moments a sample, mean + std·noise, and scale."""
         del draws
-        rest = {key: value for key, value in loaded.items() if key != POSTERIOR}
+        rest = {key: value for key, value in loaded.items() if key != NOISE}
         values = loaded["data"]
         if self.kind == "moments":
             mean, deviation = moments(values)
-            values = mean + deviation * loaded[POSTERIOR]
+            values = mean + deviation * loaded[NOISE]
         return {**rest, "data": self._to_model(values)}
 
     def _to_model(self, values: Tensor) -> Tensor:
         return self.scaling.apply(values)
 
-    def _set_scaling(self, scaling: Scaling, **autoencoder: Any) -> None:
+    def _set_scaling(self, scaling: LatentScaling, **autoencoder: Any) -> None:
         """Take a scaling, and tell of it in ``latents_of`` beside what else is known of the autoencoder."""
         self.scaling = scaling
         told = {"mean": list(scaling.mean), "std": list(scaling.std), "source": scaling.source}
@@ -136,7 +144,7 @@ class StoredLatents(Dataset):
         return {"mean": mean.tolist(), "std": deviation.tolist(), "range": ends, "over": over}
 
     def _statistics_rows(self) -> NDArray[np.int64]:
-        return Draws(0).permutation("statistics", len(self))[:STATISTICS]
+        return Draws(0).permutation("statistics", len(self))[:SURVEYED]
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -163,14 +171,32 @@ def moments(values: Tensor) -> tuple[Tensor, Tensor]:
     return mean, deviation
 
 
+def check_deviations(values: NDArray[Any], name: str) -> None:
+    """Check the second half of one sample's moments (2C, H, W).
+
+    Raises:
+        DataError: a negative standard deviation; names the file.
+    """
+    if (values[len(values) // 2 :] < 0).any():
+        raise DataError(
+            f"got {name} with negative values in its second half, expected standard deviations; is it the logarithm of "
+            "the variance (logvar)? store exp(logvar/2)"
+        )
+
+
 def check_label(label: Any, num_classes: int, name: str) -> int:
     """Return a class label.
 
     Raises:
         DataError: no whole number from 0 to num_classes − 1; names the file.
     """
-    if type(label) is not int or not 0 <= label < num_classes:
-        raise DataError(f"got the label {label!r} of {name}, expected 0 to {num_classes - 1}; set num_classes")
+    if type(label) is not int:
+        raise DataError(
+            f"got a label of type {type(label).__name__} of {name}, expected a whole number from 0 to "
+            f"{num_classes - 1}; write a class as its number"
+        )
+    if not 0 <= label < num_classes:
+        raise DataError(f"got the label {label} of {name}, expected 0 to {num_classes - 1}; set num_classes")
     return label
 
 

@@ -1,14 +1,13 @@
-"""Latents as EDM2's tool writes them (arXiv:2312.02696): a folder, or a zip archive that compresses nothing."""
+"""Latents as EDM2's tool writes them (arXiv:2312.02696): a folder, or a zip archive."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from pathline.core.errors import DataError, InputTypeError
+from pathline.core.errors import DataError
 from pathline.data.base import registry
-from pathline.data.layouts.base import Scaling, check_options
+from pathline.data.layouts.base import LatentScaling, check_options
 from pathline.data.layouts.repa import MomentTree
 from pathline.data.layouts.stores import store_at
+from pathline.data.sources.files import as_path
 
 __all__ = ["Edm2"]
 
@@ -20,7 +19,7 @@ TARGET_STD = 0.5
 
 @registry.register("edm2")
 class Edm2(MomentTree):
-    """Moments of latents in ``00000/img-mean-std-00000000.npy`` with ``dataset.json``, in a folder or a stored zip.
+    """Moments of latents in ``00000/img-mean-std-00000000.npy`` with ``dataset.json``, in a folder or a zip archive.
 
     The names are those of REPA's tree, the contents are not: EDM2's autoencoder was fed images in [0, 1], and its drawn
     latents are (z − mean)/std·0.5 with a mean and a std for each of its four channels. Its file of statistics is a
@@ -41,13 +40,11 @@ class Edm2(MomentTree):
 
     def __init__(self, path: str, *, num_classes: int = 1000, workers: int = 4) -> None:
         check_options(num_classes)
-        if not isinstance(path, str | Path):
-            raise InputTypeError(f"got path {path!r}, expected a text")
-        super().__init__(store_at(Path(path)), num_classes, workers)
+        super().__init__(store_at(as_path(path)), num_classes, workers)
         if self.shape[0] != len(RAW_MEAN):
             raise DataError(f"got moments of {self.shape[0]} channels in {path}, expected {len(RAW_MEAN)}, as EDM2's")
         std = tuple(raw / TARGET_STD for raw in RAW_STD)
         self._set_scaling(
-            Scaling(RAW_MEAN, std, "EDM2's means and deviations of raw latents, to a deviation of 0.5"),
+            LatentScaling(RAW_MEAN, std, "EDM2's means and deviations of raw latents, to a deviation of 0.5"),
             input_range=[0, 1],
         )

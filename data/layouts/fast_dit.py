@@ -12,13 +12,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pathline.core.errors import DataError, InputTypeError
+from pathline.core.errors import DataError
 from pathline.data.base import Batch, registry
-from pathline.data.layouts.arrays import FLOATS, INTEGERS, read_array
-from pathline.data.layouts.base import Scaling, StoredLatents, check_label, check_options
+from pathline.data.layouts.arrays import NPY_FLOATS, NPY_INTEGERS, read_array
+from pathline.data.layouts.base import LatentScaling, StoredLatents, check_label, check_options
 from pathline.data.layouts.files import check_workers, hash_of_files, read_all
 from pathline.data.layouts.stores import Folder, Store, few
-from pathline.data.layouts.trees import numbered, same_keys
+from pathline.data.layouts.trees import check_gaps, numbered, same_keys
+from pathline.data.sources.files import as_path
 
 __all__ = ["FastDit"]
 
@@ -36,7 +37,7 @@ class FastDit(StoredLatents):
 
     Args:
         path: folder that has one folder ``…_features`` and one ``…_labels``, as ``imagenet256_features``.
-        num_classes: class labels 0 … num_classes − 1; 0 for data without, of which the folder of labels is not read.
+        num_classes: class labels 0 … num_classes − 1; 0 for data without, whose folder of labels may be absent.
         workers: threads that read files.
 
     Raises:
@@ -49,19 +50,20 @@ class FastDit(StoredLatents):
 
     def __init__(self, path: str, *, num_classes: int = 1000, workers: int = 4) -> None:
         check_options(num_classes)
-        if not isinstance(path, str | Path):
-            raise InputTypeError(f"got path {path!r}, expected a text")
         self.num_classes, self._workers = num_classes, check_workers(workers)
-        self._features, features = _files(Path(path), "_features")
+        root = as_path(path)
+        self._features, features = _files(root, "_features")
         self._names = list(features.values())
-        if num_classes:
-            self._labels, labels = _files(Path(path), "_labels")
+        partner = self._features.root.name.removesuffix("_features") + "_labels"
+        if num_classes or (root / partner).is_dir():
+            self._labels, labels = _files(root, "_labels" if num_classes else partner)
             same_keys(features, labels, (self._features.root.name, self._labels.root.name))
+        check_gaps(features, self._features.root)
         self._check_sizes()
         channels, height, width = self._latent(self._names[0]).shape
         self.shape = (channels, height, width)
         zeros = (0.0,) * channels
-        self._set_scaling(Scaling(zeros, (1.0,) * channels, "scaled before they were stored"))
+        self._set_scaling(LatentScaling(zeros, (1.0,) * channels, "scaled before they were stored"))
         made = {"mean": list(zeros), "std": [1 / FACTOR] * channels, "source": "fast-DiT's extraction"}
         self.latents_of = {"input_range": [-1, 1], "scaling": made}
 
@@ -85,7 +87,7 @@ class FastDit(StoredLatents):
 
     def _latent(self, name: str) -> NDArray[np.generic]:
         place = self._features.root / name
-        values = read_array(self._features.read(name), str(place), FLOATS)
+        values = read_array(self._features.read(name), str(place), NPY_FLOATS)
         if values.ndim == 4 and len(values) == 1:
             values = values[0]
         if values.ndim != 3 or not values.size:
@@ -104,10 +106,7 @@ class FastDit(StoredLatents):
 
 def _files(root: Path, ending: str) -> tuple[Store, dict[int, str]]:
     """Return the one folder of an ending, and its files by number."""
-    try:
-        found = sorted(folder for folder in root.glob(f"*{ending}") if folder.is_dir())
-    except OSError as error:  # as a name that is too long
-        raise DataError(f"got {root}, which cannot be looked at: {error}; check data.path") from error
+    found = sorted(folder for folder in root.glob(f"*{ending}") if folder.is_dir())
     if len(found) != 1:
         names = few(folder.name for folder in found) or "none"
         raise DataError(f"got {names} of the folders *{ending} in {root}, expected one; check data.path")
@@ -117,7 +116,7 @@ def _files(root: Path, ending: str) -> tuple[Store, dict[int, str]]:
 
 def _label(store: Store, num_classes: int, name: str) -> NDArray[np.int64]:
     place = str(store.root / name)
-    values = read_array(store.read(name), place, INTEGERS)
+    values = read_array(store.read(name), place, NPY_INTEGERS)
     if values.size != 1:
         raise DataError(f"got {place} of shape {values.shape}, expected one label")
     return np.asarray(check_label(int(values.reshape(-1)[0]), num_classes, place))

@@ -18,12 +18,15 @@ from torch import Tensor
 from pathline.core.draws import BoundDraws
 from pathline.core.errors import DataError, InputError, InputTypeError
 from pathline.data.base import Batch, Indices, as_indices, registry
-from pathline.data.layouts.base import Scaling, StoredLatents, check_options
+from pathline.data.layouts.base import LatentScaling, StoredLatents, check_options
+from pathline.data.layouts.ranks import check_shards
 from pathline.data.packed import FLOATS, Mapped, Rows, files_in
+from pathline.data.sources.files import as_path
+from pathline.data.visits import flips
 
 __all__ = ["LightningDit"]
 
-STATISTICS = "latents_stats.pt"
+STATISTICS_FILE = "latents_stats.pt"
 _LIMIT = 2**20  # bytes of the file of statistics, which holds two numbers a channel
 
 
@@ -35,8 +38,11 @@ class LightningDit(StoredLatents):
     takes the latent of the image or of the flipped image, by the stream ``flip``. Samples are counted through the
     files, sorted by name, each with its own number of rows.
 
+    Of a folder it is checked that it has all shards of all ranks and no others, by their numbers and those of their
+    rows; a last rank that is missing cannot be told, nor the last shards of all ranks.
+
     Args:
-        path: folder of the files.
+        path: folder of the files, or one of them.
         num_classes: class labels 0 … num_classes − 1; 0 for data without labels.
         mean: of each channel, with ``std``; None reads both from the folder's ``latents_stats.pt``, of which nothing is
             executed, and which that program takes from 10,000 samples that it does not tell of.
@@ -46,7 +52,8 @@ class LightningDit(StoredLatents):
         flip: whether flipped latents are taken.
 
     Raises:
-        DataError: no file, or one that is truncated, forged, or does not hold what it should; no statistics.
+        DataError: no file, one missing or added, or one that is truncated, forged, or does not hold what it should; no
+            statistics.
         InputError: an option out of range, or statistics of another number of channels.
         InputTypeError: an option of another type.
     """
@@ -65,21 +72,24 @@ class LightningDit(StoredLatents):
         flip: bool = True,
     ) -> None:
         check_options(num_classes, multiplier=multiplier)
-        if not isinstance(path, str | Path) or not isinstance(normalise, bool) or not isinstance(flip, bool):
-            raise InputTypeError(
-                f"got path {path!r}, normalise {normalise!r}, flip {flip!r}; expected a text, and true or false"
-            )
+        if not isinstance(normalise, bool) or not isinstance(flip, bool):
+            raise InputTypeError(f"got normalise {normalise!r} and flip {flip!r}, expected true or false")
         if (mean is None) != (std is None) or (mean is not None and not normalise):
             raise InputError("got mean or std alone, or beside normalise=false; expected both, with normalise=true")
         self.num_classes, self.flip = num_classes, flip
-        self.files = tuple(Mapped(file) for file in files_in(Path(path)))
+        place = as_path(path)
+        self.files = tuple(Mapped(file) for file in files_in(place))
         columns = [file.rows("latents", FLOATS) if "latents" in file.header else _lack(file) for file in self.files]
         self._columns = {False: columns, True: self._flipped(columns) if flip else []}
         self._ends = np.cumsum([len(rows.bytes) for rows in columns])
+        if place.is_dir():
+            check_shards(
+                {file.path.name: len(rows.bytes) for file, rows in zip(self.files, columns, strict=True)}, place
+            )
         self._labels = self._label()
         channels, height, width = self._common(columns)
         self.shape = (channels, height, width)
-        self._set_scaling(self._scaling(Path(path), mean, std, normalise, float(multiplier)), input_range=[-1, 1])
+        self._set_scaling(self._scaling(place, mean, std, normalise, float(multiplier)), input_range=[-1, 1])
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -87,7 +97,7 @@ class LightningDit(StoredLatents):
     def load(self, indices: Indices, draws: BoundDraws) -> Batch:
         """Return latents as they are stored, of the image or of the flipped image, with labels and indices."""
         index = as_indices(indices, len(self))
-        flipped = draws.uniform("flip").reshape(-1).numpy() < 0.5 if self.flip else np.zeros(len(index), bool)
+        flipped = flips(draws).numpy() if self.flip else np.zeros(len(index), bool)
         return {**self._rows(index.numpy(), flipped), "index": index}
 
     def _stored(self, index: NDArray[np.int64]) -> Batch:
@@ -132,18 +142,18 @@ class LightningDit(StoredLatents):
 
     def _scaling(
         self, path: Path, mean: Sequence[float] | None, std: Sequence[float] | None, normalise: bool, multiplier: float
-    ) -> Scaling:
+    ) -> LatentScaling:
         if not normalise:
-            return Scaling.by(multiplier, self.shape[0], "option multiplier")
-        file = path / STATISTICS if path.is_dir() else path.with_name(STATISTICS)
-        source = STATISTICS if mean is None else "options mean and std"
+            return LatentScaling.by(multiplier, self.shape[0], "option multiplier")
+        file = path / STATISTICS_FILE if path.is_dir() else path.with_name(STATISTICS_FILE)
+        source = STATISTICS_FILE if mean is None else "options mean and std"
         found = _read_statistics(file) if mean is None or std is None else (_numbers(mean), _numbers(std))
         if any(len(numbers) != self.shape[0] for numbers in found) or not all(0 < number for number in found[1]):
             raise InputError(
                 f"got mean {found[0]} and std {found[1]} ({source}), expected {self.shape[0]} numbers each, the second "
                 "above 0"
             )
-        return Scaling(found[0], tuple(number / multiplier for number in found[1]), source)
+        return LatentScaling(found[0], tuple(number / multiplier for number in found[1]), source)
 
     @cached_property
     def _contents(self) -> Mapping[str, Any]:

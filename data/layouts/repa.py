@@ -14,18 +14,20 @@ from torch import Tensor
 
 from pathline.core.errors import DataError, InputTypeError
 from pathline.data.base import Batch, registry
-from pathline.data.layouts.base import Scaling, StoredLatents, check_options
+from pathline.data.layouts.base import LatentScaling, StoredLatents, check_options
 from pathline.data.layouts.files import check_workers, hash_of_files, read_all
 from pathline.data.layouts.stores import Store, few, store_at
 from pathline.data.layouts.trees import (
-    IMAGES,
-    MOMENTS,
+    IMAGE_FILES,
+    MOMENT_FILES,
+    check_gaps,
     labels_of,
     numbered,
     read_image,
     read_moments,
     same_keys,
 )
+from pathline.data.sources.files import as_path
 
 __all__ = ["MomentTree", "Repa"]
 
@@ -46,7 +48,7 @@ class MomentTree(StoredLatents):
 
     def __init__(self, store: Store, num_classes: int, workers: int) -> None:
         self.num_classes, self.workers, self._store = num_classes, check_workers(workers), store
-        self._names = numbered(store, MOMENTS)
+        self._names = numbered(store, MOMENT_FILES)
         self._files = list(self._names.values())
         sizes = {store.sizes[name] for name in self._files}
         first = read_moments(store, self._files[0])
@@ -58,6 +60,7 @@ class MomentTree(StoredLatents):
                 "other images: make them anew"
             )
         self._labels = labels_of(store, self._files, num_classes)
+        check_gaps(self._names, store.root)
         channels, height, width = first.shape
         self.shape = (channels // 2, height, width)
 
@@ -107,18 +110,28 @@ class Repa(MomentTree):
         self, path: str, *, num_classes: int = 1000, scale: float = 0.18215, images: bool = False, workers: int = 4
     ) -> None:
         check_options(num_classes, scale=scale)
-        if not isinstance(path, str | Path) or not isinstance(images, bool):
-            raise InputTypeError(f"got path {path!r} and images {images!r}, expected a text, and true or false")
-        root = Path(path)
+        if not isinstance(images, bool):
+            raise InputTypeError(f"got images {images!r}, expected true or false")
+        root = as_path(path)
         super().__init__(store_at(root / "vae-sd"), num_classes, workers)
-        self._set_scaling(Scaling.by(scale, self.shape[0], "option scale"), input_range=[-1, 1])
+        self._set_scaling(LatentScaling.by(scale, self.shape[0], "option scale"), input_range=[-1, 1])
         self.images = images
         self._pictures = store_at(root / "images") if images or (root / "images").exists() else None
         if self._pictures is not None:
-            pictures = numbered(self._pictures, IMAGES)
+            pictures = numbered(self._pictures, IMAGE_FILES)
             same_keys(self._names, pictures, ("vae-sd", "images"))
             self._picture_files = [pictures[number] for number in self._names]
             self._image_shape = read_image(self._pictures, self._picture_files[0]).shape
+            self._check_sides(self._pictures.root / self._picture_files[0])
+
+    def _check_sides(self, first: Path) -> None:
+        """Check that images may be those of the latents; each is held to the first one's shape when it is read."""
+        (height, width), (_, h, w) = self._image_shape[1:], self.shape
+        if height != width or h != w or height % h:
+            raise DataError(
+                f"got {first} of {width} x {height} pixels beside latents of {w} x {h}, expected squares, of a whole "
+                "number of pixels along a side of a latent's; make the latents of these images"
+            )
 
     def _stored(self, index: NDArray[np.int64]) -> Batch:
         batch = super()._stored(index)

@@ -1,22 +1,19 @@
-"""Named files below one root: a folder's, or the members of a zip archive that compresses nothing."""
+"""Named files below one root: a folder's, or the members of a zip archive."""
 
 from __future__ import annotations
 
 import os
-import struct
-import zipfile
-import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
 
 from pathline.core.errors import DataError
+from pathline.data.sources.zip import content_of, members_of
 
-__all__ = ["Folder", "Store", "Zip", "few", "store_at"]
+__all__ = ["Folder", "Store", "Zip", "few", "missing_below", "store_at"]
 
 _LIMIT = 2**30  # bytes of one file; the labels of ImageNet take 60 MiB
-_LOCAL = struct.Struct("<4s22xHH")  # a member's own header: signature, …, lengths of its name and of what follows it
 _NAMED = 5  # files that an error names
 
 
@@ -26,10 +23,12 @@ class Store(ABC):
     Attributes:
         root: the folder or the archive.
         sizes: bytes of each file by its name, a path below the root with ``/``, sorted by name; hidden ones left out.
+        folders: names of the topmost folders, empty ones too where the root is a folder.
     """
 
     root: Path
     sizes: Mapping[str, int]
+    folders: Sequence[str]
 
     def read(self, name: str) -> bytes:
         """Return a file's content.
@@ -67,8 +66,10 @@ class Folder(Store):
         self.root = root
         try:
             self.sizes = dict(sorted(_listed(root, "", root.resolve())))
+            inside = [entry.name for entry in root.iterdir() if entry.is_dir()]
         except OSError as error:
             raise DataError(f"got {root}, which cannot be listed: {error}; check data.path") from error
+        self.folders = sorted(name for name in inside if not _hidden(name))
 
     def _read(self, name: str) -> bytes:
         with open(self.root / name, "rb", buffering=0) as file:
@@ -76,53 +77,24 @@ class Folder(Store):
 
 
 class Zip(Store):
-    """Members of a zip archive in which they are stored as they are (ZIP_STORED), each checked by its CRC when read.
+    """Members of a zip archive, stored or deflated, each checked by its CRC when read.
 
     Args:
         root: the archive.
 
     Raises:
-        DataError: it is none, or a member is compressed, encrypted, or there twice.
+        DataError: it is none, or a member is encrypted, a link, there twice, or named as if it lay outside.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        try:
-            with zipfile.ZipFile(root) as archive:
-                members = [info for info in archive.infolist() if not info.is_dir()]
-        except (OSError, zipfile.BadZipFile, NotImplementedError, ValueError) as error:
-            raise DataError(f"got {root}, which is no whole zip archive: {error}") from error
-        self._members: dict[str, zipfile.ZipInfo] = {}
-        for info in members:
-            if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size or info.flag_bits & 1:
-                raise DataError(
-                    f"got {root / info.filename} compressed or encrypted, expected members that are stored; pack them "
-                    "by zip -0"
-                )
-            if info.filename.startswith("/") or ".." in info.filename.split("/"):
-                raise DataError(f"got {root} with the member {info.filename!r}, which leads out of it")
-            if info.filename in self._members:
-                raise DataError(f"got {root / info.filename} twice in one archive, expected it once")
-            if not _hidden(info.filename):
-                self._members[info.filename] = info
-        self.sizes = {name: self._members[name].file_size for name in sorted(self._members)}
+        inside = {member.name: member for member in members_of(root) if not _hidden(member.name)}
+        self._members = dict(sorted(inside.items()))
+        self.sizes = {name: member.size for name, member in self._members.items()}
+        self.folders = sorted({name.partition("/")[0] for name in inside if "/" in name})
 
     def _read(self, name: str) -> bytes:
-        member = self._members[name]
-        with open(self.root, "rb", buffering=0) as file:
-            content = _member(file, member.header_offset, member.file_size)
-        if zlib.crc32(content) != member.CRC:
-            raise DataError(f"got {self.root / name} with another CRC than the archive tells; it is damaged")
-        return content
-
-
-def _member(file: BinaryIO, offset: int, size: int) -> bytes:
-    file.seek(offset)
-    signature, name, extra = _LOCAL.unpack(file.read(_LOCAL.size).ljust(_LOCAL.size, b"\0"))
-    if signature != b"PK\x03\x04":
-        return b""
-    file.seek(name + extra, os.SEEK_CUR)
-    return file.read(size)
+        return content_of(self.root, self._members[name])
 
 
 def _listed(folder: Path, prefix: str, root: Path) -> Iterator[tuple[str, int]]:
@@ -165,3 +137,8 @@ def few(names: Iterable[str]) -> str:
     ordered = sorted(names)
     more = f" and {len(ordered) - _NAMED} more" if len(ordered) > _NAMED else ""
     return ", ".join(ordered[:_NAMED]) + more
+
+
+def missing_below(numbers: Collection[int]) -> list[int]:
+    """Return the first numbers that are missing below the highest of some, counted from 0."""
+    return list(islice((number for number in range(max(numbers)) if number not in numbers), _NAMED))

@@ -6,10 +6,9 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,15 +17,24 @@ from torch import Tensor
 
 from pathline.core.errors import DataError
 from pathline.data.decode import decode
-from pathline.data.layouts.arrays import FLOATS, read_array
-from pathline.data.layouts.base import check_label
-from pathline.data.layouts.stores import Store, few
+from pathline.data.layouts.arrays import NPY_FLOATS, read_array
+from pathline.data.layouts.base import check_deviations, check_label
+from pathline.data.layouts.stores import Store, few, missing_below
+from pathline.data.sources.keys import TABLE, entries_of, of_folders
 
-__all__ = ["IMAGES", "LABELS", "MOMENTS", "labels_of", "numbered", "read_image", "read_moments", "same_keys"]
+__all__ = [
+    "IMAGE_FILES",
+    "MOMENT_FILES",
+    "check_gaps",
+    "labels_of",
+    "numbered",
+    "read_image",
+    "read_moments",
+    "same_keys",
+]
 
-MOMENTS = re.compile(r"(?:.*/)?img-mean-std-(\d{8})\.npy")
-IMAGES = re.compile(r"(?:.*/)?img(\d{8})\.png")
-LABELS = "dataset.json"
+MOMENT_FILES = re.compile(r"(?:.*/)?img-mean-std-(\d{8})\.npy")
+IMAGE_FILES = re.compile(r"(?:.*/)?img(\d{8})\.png")
 _BYTES_A_LABEL = 1024  # of dataset.json, for one file's name and number
 
 
@@ -41,7 +49,7 @@ def numbered(store: Store, pattern: re.Pattern[str]) -> dict[int, str]:
     for name in store.sizes:
         match = pattern.fullmatch(name)
         if match is None:
-            strays += [] if name == LABELS else [name]
+            strays += [] if name == TABLE else [name]
         elif found.setdefault(int(match[1]), name) != name:
             raise DataError(f"got {name} beside {found[int(match[1])]} in {store.root}, expected each number once")
     wanted = pattern.pattern.removeprefix("(?:.*/)?")
@@ -50,6 +58,20 @@ def numbered(store: Store, pattern: re.Pattern[str]) -> dict[int, str]:
     if not found:
         raise DataError(f"got no files in {store.root}, expected {wanted}; check data.path")
     return dict(sorted(found.items()))
+
+
+def check_gaps(found: Mapping[int, str], place: Path) -> None:
+    """Check that files are numbered 0, 1, … without a gap, as their programs do.
+
+    Raises:
+        DataError: they are not; names the first numbers that are missing.
+    """
+    if missing := missing_below(found):
+        count = max(found) + 1 - len(found)
+        raise DataError(
+            f"got {len(found)} files in {place} with numbers up to {max(found)}, of which {count} are missing: "
+            f"{', '.join(map(str, missing))}{', …' * (count > len(missing))}; make them anew"
+        )
 
 
 def same_keys(first: Mapping[int, str], second: Mapping[int, str], places: tuple[str, str]) -> None:
@@ -75,48 +97,45 @@ def same_keys(first: Mapping[int, str], second: Mapping[int, str], places: tuple
 def labels_of(store: Store, files: Iterable[str], num_classes: int) -> Tensor:
     """Return the labels (N,) of files, from dataset.json or, without one, from the sorted names of class folders.
 
+    Without classes dataset.json, if there is one, has to tell of the same files nevertheless.
+
     Raises:
-        DataError: labels that are missing, null, of files that are not there, or out of range; names the files.
+        DataError: labels that are missing, null, there twice, of files that are not there, or out of range; another
+            number of class folders than of classes, or an empty one. Names the files.
     """
     names = list(files)
+    if TABLE in store.sizes:
+        return _of_table(store, names, num_classes)
     if not num_classes:
         return torch.zeros(len(names), dtype=torch.int64)
-    given = _listed(store, len(names)) if LABELS in store.sizes else _of_folders(store, names)
-    without, extra = set(names) - given.keys(), given.keys() - set(names)
-    if without or extra:
-        parts = [f"no label of {few(without)}"] * bool(without) + [f"labels of {few(extra)}, not there"] * bool(extra)
-        raise DataError(f"got {', and '.join(parts)} in {store.root / LABELS}; make both of the same files")
-    return torch.tensor([check_label(given[name], num_classes, str(store.root / name)) for name in names])
+    keys = sorted(names)
+    # folders that only count files, as 00000, are no classes
+    counting = any("/" not in key or re.fullmatch(r"\d{5}/.*", key) for key in keys)
+    if counting:
+        raise DataError(f"got no {TABLE} in {store.root}, nor a folder a class; add it, or set num_classes=0")
+    labels, classes = of_folders(keys, str(store.root), store.folders)
+    if len(classes) != num_classes:
+        raise DataError(
+            f"got {len(classes)} class folders in {store.root} for num_classes {num_classes}, expected one a class: "
+            "folders may be missing; set num_classes if none is"
+        )
+    given = dict(zip(keys, labels or [], strict=True))
+    return torch.tensor([given[name] for name in names])
 
 
-def _listed(store: Store, count: int) -> dict[str, Any]:
-    """Return the labels of dataset.json by file."""
-    place = store.root / LABELS
-    if store.sizes[LABELS] > _BYTES_A_LABEL * (count + 4):
-        raise DataError(f"got {place} of {store.sizes[LABELS]} bytes for {count} files; it is no list of their labels")
-    try:
-        told = json.loads(store.read(LABELS))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"got {place}, which is not JSON: {error}") from error
-    labels = told.get("labels") if isinstance(told, dict) else told
-    if labels is None:
+def _of_table(store: Store, names: Sequence[str], num_classes: int) -> Tensor:
+    place = store.root / TABLE
+    if store.sizes[TABLE] > _BYTES_A_LABEL * (len(names) + 4):
+        raise DataError(
+            f"got {place} of {store.sizes[TABLE]} bytes for {len(names)} files; it is no list of their labels"
+        )
+    entries = entries_of(store.read(TABLE), names, str(store.root))
+    if not num_classes:
+        return torch.zeros(len(names), dtype=torch.int64)
+    if entries is None:
         raise DataError(f"got {place} without labels (null), as of images of which one had none; set num_classes=0")
-    if not isinstance(labels, list) or not all(_is_pair(pair) for pair in labels):
-        raise DataError(f'got {place} without a list of pairs {{"labels": [[file, class], …]}}; write it anew')
-    return dict(labels)
-
-
-def _is_pair(pair: Any) -> bool:
-    return isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str)
-
-
-def _of_folders(store: Store, names: list[str]) -> dict[str, Any]:
-    """Return the number of each file's top-level folder; folders that only count files, as 00000, are no classes."""
-    tops = {name: name.split("/")[0] if "/" in name else "" for name in names}
-    if any(not top or (top.isdigit() and len(top) == 5) for top in tops.values()):
-        raise DataError(f"got no {LABELS} in {store.root}, nor a folder a class; add it, or set num_classes=0")
-    order = {top: number for number, top in enumerate(sorted(set(tops.values())))}
-    return {name: order[top] for name, top in tops.items()}
+    pairs = zip(entries, names, strict=True)
+    return torch.tensor([check_label(label, num_classes, str(store.root / name)) for label, name in pairs])
 
 
 def read_moments(store: Store, name: str) -> NDArray[np.generic]:
@@ -125,9 +144,10 @@ def read_moments(store: Store, name: str) -> NDArray[np.generic]:
     Raises:
         DataError: the file is damaged or holds something else.
     """
-    values = read_array(store.read(name), str(store.root / name), FLOATS)
+    values = read_array(store.read(name), str(store.root / name), NPY_FLOATS)
     if values.ndim != 3 or not values.size or values.shape[0] % 2:
         raise DataError(f"got {store.root / name} of shape {values.shape}, expected (2C, H, W)")
+    check_deviations(values, str(store.root / name))
     return values
 
 

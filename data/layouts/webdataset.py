@@ -18,8 +18,14 @@ from pathline.core.errors import DataError, InputError, InputTypeError
 from pathline.data.base import Batch, Indices, registry
 from pathline.data.crop import centre_crop
 from pathline.data.decode import decode
-from pathline.data.layouts.arrays import FLOATS, read_array
-from pathline.data.layouts.base import STATISTICS, Scaling, StoredLatents, check_label, check_options
+from pathline.data.layouts.arrays import NPY_FLOATS, read_array
+from pathline.data.layouts.base import (
+    SURVEYED,
+    LatentScaling,
+    StoredLatents,
+    check_label,
+    check_options,
+)
 from pathline.data.layouts.blocks import BlockOrder
 from pathline.data.layouts.counts import counted
 from pathline.data.layouts.files import check_workers, read_all
@@ -109,9 +115,9 @@ class WebDataset(StoredLatents):
         channels, *sides = self._shape
         self.shape = (channels // 2 if kind == "moments" else channels, sides[0], sides[1])
         if self.data_are_images:
-            self.scaling = Scaling((127.5,) * 3, (127.5,) * 3, "levels a are a/127.5 − 1")
+            self.scaling = LatentScaling((127.5,) * 3, (127.5,) * 3, "levels a are a/127.5 − 1")
         else:
-            self._set_scaling(Scaling.by(1.0 if scale is None else float(scale), self.shape[0], "option scale"))
+            self._set_scaling(LatentScaling.by(1.0 if scale is None else float(scale), self.shape[0], "option scale"))
             if scale is None:  # they may have been scaled before they were stored
                 self.latents_of = None
 
@@ -206,7 +212,7 @@ class WebDataset(StoredLatents):
         content = sample.members[extension]
         if self.data_are_images:
             return np.ascontiguousarray(centre_crop(decode(content, name), self._resolution).transpose(2, 0, 1))
-        values = read_array(content, name, FLOATS)
+        values = read_array(content, name, NPY_FLOATS)
         if values.ndim != 3 or not values.size or (self.kind == "moments" and values.shape[0] % 2):
             raise DataError(f"got an array of shape {values.shape} in {name}, expected {self.kind}")
         return values
@@ -229,9 +235,9 @@ class WebDataset(StoredLatents):
     def _statistics_rows(self) -> NDArray[np.int64]:
         """Return samples of whole shards, which are drawn: others would need all of them to be read."""
         shards = Draws(0).permutation("statistics", len(self._counts))
-        enough = int(np.searchsorted(np.cumsum(self.order.counts[shards]), STATISTICS)) + 1
+        enough = int(np.searchsorted(np.cumsum(self.order.counts[shards]), SURVEYED)) + 1
         rows = [np.arange(self._ends[shard] - self.order.counts[shard], self._ends[shard]) for shard in shards[:enough]]
-        return np.concatenate(rows)[:STATISTICS]
+        return np.concatenate(rows)[:SURVEYED]
 
     @cached_property
     def _contents(self) -> Mapping[str, Any]:

@@ -1,4 +1,4 @@
-"""The layouts of LightningDiT and fast-DiT: what the test wrote is read back, or refused by name."""
+"""The layout of LightningDiT: what the test wrote is read back, or refused by name."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from safetensors.torch import save_file
 from pathline import DataError, InputError, InputTypeError, data
 from pathline.core.config import resolve
 from pathline.core.draws import Draws
-from pathline.data.layouts.files import hash_of_files
-from pathline.data.layouts.stores import Folder
 from pathline.training import Trainer
 
 SHAPE = (3, 5, 2)
@@ -66,9 +64,6 @@ def refusal(path, **options) -> str:
 def normalised(values: torch.Tensor, multiplier: float = 1.0) -> np.ndarray:
     mean, std = (np.array(numbers)[:, None, None] for numbers in (MEAN, STD))
     return (values.double().numpy() - mean) / std * multiplier
-
-
-# --- LightningDiT ----------------------------------------------------------------------------------------------------
 
 
 def test_rows_of_all_shards_are_normalised(folder):
@@ -271,128 +266,98 @@ def test_options(folder):
     for options in ({"mean": "abc", "std": STD}, {"mean": 3, "std": STD}, {"flip": 1}, {"multiplier": "1"}):
         with pytest.raises(InputTypeError):
             lightning(path, **options)
-    assert "got no latents at" in refusal(path / "none")
+    (path / "empty").mkdir()
+    assert f"got no latents at {path / 'empty'}" in refusal(path / "empty")
+    assert f"got {path / 'none'}, which cannot be looked at" in refusal(path / "none")
 
 
-# --- fast-DiT --------------------------------------------------------------------------------------------------------
-
-NUMBERS = (0, 1, 2, 10, 100)  # sorted as text: 0, 1, 10, 100, 2
-LABELS = (4, 0, 6, 2, 5)
+# --- shards that are missing or added --------------------------------------------------------------------------------
 
 
-def value_of(number: int, dtype=np.float32) -> np.ndarray:
-    return np.random.default_rng(number).normal(size=(1, *SHAPE)).astype(dtype)
+def whole(path, counts=((4, 4, 3), (4, 4, 2))) -> None:
+    for rank, shards in enumerate(counts):
+        for number, count in enumerate(shards):
+            shard(path / name(rank, number), count, 10 * rank + number)
 
 
-@pytest.fixture
-def features(tmp_path):
-    for folder in ("imagenet256_features", "imagenet256_labels"):
-        (tmp_path / folder).mkdir()
-    for number, label in zip(NUMBERS, LABELS, strict=True):
-        np.save(tmp_path / "imagenet256_features" / f"{number}.npy", value_of(number))
-        np.save(tmp_path / "imagenet256_labels" / f"{number}.npy", np.array([label]))
-    return tmp_path
+def length(path) -> int:
+    return len(lightning(path, normalise=False))
 
 
-def fast(path, **options):
-    return data.build("fast-dit", path=str(path), **{"num_classes": 7, **options})
+def said(path) -> str:
+    return refusal(path, normalise=False)
 
 
-def fast_refusal(path, **options) -> str:
-    with pytest.raises(DataError) as error:
-        fast(path, **options)
-    return str(error.value)
+@pytest.mark.parametrize(
+    "counts", [((4, 4, 3), (4, 4, 2)), ((4, 1), (4,)), ((2,), (3,), (2,)), ((4, 4), (4, 4)), ((7,),)]
+)
+def test_what_ranks_write_is_taken(counts, tmp_path):
+    whole(tmp_path, counts)
+    assert length(tmp_path) == sum(map(sum, counts))
 
 
-@pytest.mark.parametrize("workers", [1, 3])
-def test_features_and_labels_are_joined_by_number_and_taken_as_they_are(workers, features):
-    dataset = fast(features, workers=workers)
-    assert len(dataset) == 5 and dataset.shape == SHAPE and not dataset.data_are_images
-    batch = dataset.batch([4, 0, 2, 4])
-    for row, place in enumerate([4, 0, 2, 4]):
-        np.testing.assert_array_equal(batch["data"][row], value_of(NUMBERS[place])[0])
-        assert batch["label"][row] == LABELS[place] and batch["index"][row] == place
-    assert batch["label"].dtype == torch.int64 and dataset.batch([])["data"].shape == (0, *SHAPE)
-    for visit in dataset.batches(3, 2, 0):
-        assert torch.equal(visit["data"], dataset.batch(visit["index"])["data"])
-    assert dataset.latents_of["scaling"]["std"] == [1 / 0.18215] * 3  # of the autoencoder's own latents
-    assert dataset.manifest["scaling"]["std"] == [1.0] * 3  # of what is stored
+@pytest.mark.parametrize(("rank", "number"), [(0, 0), (0, 1), (1, 0), (1, 1)])
+def test_a_shard_that_is_missing_is_named(rank, number, tmp_path):
+    whole(tmp_path)
+    (tmp_path / name(rank, number)).unlink()
+    assert f"got {tmp_path} without latents_rank{rank:02d}_shard{number:03d};" in said(tmp_path)
 
 
-def test_features_without_their_axis_of_one_and_in_half(features):
-    for number in NUMBERS:
-        np.save(features / "imagenet256_features" / f"{number}.npy", value_of(number, np.float16)[0])
-    assert fast(features).batch([3])["data"].tolist() == value_of(10, np.float16).astype(np.float32).tolist()
+def test_a_rank_that_is_missing_is_named(tmp_path):
+    whole(tmp_path, ((3,), (3,), (3,)))
+    (tmp_path / name(1, 0)).unlink()
+    assert f"got {tmp_path} without latents_rank01_shard*;" in said(tmp_path)
 
 
-def test_one_feature_missing_and_one_added_are_named_though_their_number_is_right(features):
-    (features / "imagenet256_features/10.npy").rename(features / "imagenet256_features/11.npy")
-    said = fast_refusal(features)
-    assert "11.npy in imagenet256_features" in said and "10.npy in imagenet256_labels" in said
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_last_shard_that_is_missing_is_told_by_the_numbers_of_samples(rank, tmp_path):
+    whole(tmp_path)
+    (tmp_path / name(rank, 2)).unlink()
+    assert f"8 up to {name(rank, 1)}" in said(tmp_path) and "is missing, or was added" in said(tmp_path)
 
 
-def test_one_missing_or_one_added_is_named(features):
-    np.save(features / "imagenet256_labels/7.npy", np.array([1]))
-    assert "7.npy in imagenet256_labels" in fast_refusal(features)
-    (features / "imagenet256_labels/7.npy").unlink()
-    (features / "imagenet256_labels/100.npy").unlink()
-    assert "100.npy in imagenet256_features" in fast_refusal(features)
+@pytest.mark.parametrize(("rank", "count"), [(0, 4), (1, 1), (1, 4)])
+def test_a_shard_that_is_added_after_a_last_one_is_told(rank, count, tmp_path):
+    whole(tmp_path)
+    shard(tmp_path / name(rank, 3), count, 5)
+    assert f"got {name(rank, 2)} in {tmp_path} with fewer rows than 4" in said(tmp_path)
 
 
-@pytest.mark.parametrize("stray", ["preview.png", "007.npy", "1.npz"])
-def test_a_stray_file_is_named(stray, features):
-    (features / "imagenet256_features" / stray).write_bytes(b"")
-    if stray == "007.npy":
-        np.save(features / "imagenet256_features/7.npy", value_of(7))
-        assert "expected each number once" in fast_refusal(features)
-    else:
-        assert f"got {stray} in" in fast_refusal(features)
+def test_a_shard_that_is_added_after_a_full_one_is_told(tmp_path):
+    whole(tmp_path, ((4, 4), (4, 4)))
+    shard(tmp_path / name(1, 2), 3, 5)
+    assert f"11 up to {name(1, 2)}" in said(tmp_path)
 
 
-def test_folders_are_found_by_their_ending(features):
-    (features / "other_labels").mkdir()
-    assert "got imagenet256_labels, other_labels of the folders *_labels" in fast_refusal(features)
-    assert fast(features, num_classes=0).batch([1, 0])["label"].tolist() == [0, 0]
-    assert "got none of the folders *_features" in fast_refusal(features / "none")
+def test_one_missing_and_one_added_are_noticed_though_their_number_is_right(tmp_path):
+    whole(tmp_path)
+    (tmp_path / name(0, 1)).rename(tmp_path / name(1, 3))
+    assert "without latents_rank00_shard001;" in said(tmp_path)
+    (tmp_path / name(1, 3)).rename(tmp_path / "foreign.safetensors")
+    assert f"got foreign.safetensors in {tmp_path}" in said(tmp_path)
 
 
-def test_wrong_contents_are_named(features):
-    file, label = features / "imagenet256_features/2.npy", features / "imagenet256_labels/2.npy"
-    dataset = fast(features)
-    np.save(label, np.array([7]))
-    with pytest.raises(DataError, match=r"the label 7 of .*labels/2\.npy, expected 0 to 6"):
-        dataset.batch([2])
-    for wrong in (np.array([1.0]), np.array([1, 2])):
-        np.save(label, wrong)
-        with pytest.raises(DataError, match=r"labels/2\.npy"):
-            fast(features).batch([2])
-    np.save(file, np.array([None] * 2), allow_pickle=True)
-    assert "got 2.npy in" in fast_refusal(features)  # of another size
-    for number in NUMBERS:
-        np.save(features / f"imagenet256_features/{number}.npy", np.zeros((2, *SHAPE), np.float32))
-    assert "of shape (2, 3, 5, 2), expected (1, C, H, W)" in fast_refusal(features)
+@pytest.mark.parametrize(
+    "copy", ["latents_rank00_shard000 copy.safetensors", "latents_rank00_shard000_1.safetensors", "x.safetensors"]
+)
+def test_a_file_of_another_name_is_named(copy, tmp_path):
+    whole(tmp_path)
+    shard(tmp_path / copy, 4, 0)
+    assert f"got {copy} in {tmp_path}" in said(tmp_path)
 
 
-def test_the_hash_of_many_files_reads_64_spread_evenly(tmp_path):
-    for number in range(130):
-        (tmp_path / f"{number:03d}").write_text(str(number % 7))
-    store, names = Folder(tmp_path), [f"{number:03d}" for number in range(130)]
-    whole, seen = hash_of_files(store, names), []
-    for name in names:
-        before = (tmp_path / name).read_text()
-        (tmp_path / name).write_text("x")
-        seen += [int(name)] if hash_of_files(store, names) != whole else []
-        (tmp_path / name).write_text(before)
-    assert len(seen) == 64 and (seen[0], seen[-1]) == (0, 129)
-    assert set(np.diff(seen).tolist()) == {2, 3}
+def test_one_rank_and_shard_by_two_names(tmp_path):
+    whole(tmp_path)
+    shard(tmp_path / "latents_rank0_shard0.safetensors", 4, 0)
+    assert "latents_rank0_shard0.safetensors beside" in said(tmp_path) or "beside latents_rank0_" in said(tmp_path)
 
 
-def test_the_manifest_of_features(features):
-    manifest = json.loads(json.dumps(fast(features).manifest))
-    size = (features / "imagenet256_features/0.npy").stat().st_size
-    names = "".join(f"{number}.npy\0{size}\n" for number in NUMBERS).encode()
-    files = [(features / f"imagenet256_features/{number}.npy").read_bytes() for number in NUMBERS]
-    names += b"".join(hashlib.sha256(content).digest() for content in files)
-    assert manifest["sha256"] == hashlib.sha256(names).hexdigest() and manifest["count"] == 5
-    values = np.concatenate([value_of(number) for number in NUMBERS]).astype(np.float64)
-    np.testing.assert_allclose(fast(features).statistics["std"], values.std((0, 2, 3), ddof=1), rtol=1e-6)
+def test_a_name_with_a_number_beyond_all_measure_costs_nothing(tmp_path):
+    whole(tmp_path)
+    shard(tmp_path / "latents_rank999999999_shard999999999.safetensors", 4, 0)
+    assert "and " in said(tmp_path) and "without latents_rank02_shard*" in said(tmp_path)
+
+
+def test_one_file_may_be_asked_for_by_its_path(tmp_path):
+    whole(tmp_path)
+    assert length(tmp_path / name(1, 2)) == 2
