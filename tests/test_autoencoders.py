@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import importlib.util
 import json
+import math
 
 import pytest
 import torch
@@ -396,7 +397,22 @@ def test_a_class_that_is_not_known_is_named_with_those_that_are(saved):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"scaling_factor": None}, "got scaling_factor None in the configuration of AutoencoderKL"),
+        ({"scaling_factor": None}, "got scaling_factor None in {folder}/config.json of AutoencoderKL"),
+        (
+            {"scaling_factor": -0.5},
+            "got scaling_factor -0.5 in {folder}/config.json of AutoencoderKL, expected a number a",
+        ),
+        ({"scaling_factor": True}, "got scaling_factor True"),
+        ({"scaling_factor": 10**400}, "got scaling_factor 1000"),
+        (
+            {"shift_factor": "a"},
+            "got shift_factor 'a' in {folder}/config.json of AutoencoderKL, expected a number other",
+        ),
+        (
+            {"latents_mean": "abcde", "latents_std": "abcde"},
+            "{folder}/config.json of AutoencoderKL that cannot be: got",
+        ),
+        ({"latents_mean": [None] * 5, "latents_std": [1.0] * 5}, "expected a list of numbers each"),
         ({"scaling_factor": 0.0}, "got scaling_factor 0.0"),
         ({"shift_factor": "much"}, "got shift_factor 'much'"),
         ({"latents_mean": [0.0] * 5}, "give both, 5 numbers each"),
@@ -406,7 +422,14 @@ def test_a_class_that_is_not_known_is_named_with_those_that_are(saved):
 )
 def test_a_scaling_that_is_none_is_refused_never_filled_in(changes, said, saved):
     folder, _ = saved("AutoencoderKL")
-    assert said in refusal((WeightsError, InputError), model=rewritten(folder, **changes))
+    assert said.format(folder=folder) in refusal(WeightsError, model=rewritten(folder, **changes))
+
+
+def test_statistics_of_a_batch_norm_that_cannot_be_are_refused(saved):
+    folder, network = saved("AutoencoderKLFlux2")
+    network.bn.running_var[3] = -1.0
+    network.save_pretrained(folder)
+    assert f"in the weights beside {folder}/config.json" in refusal(WeightsError, model=str(folder))
 
 
 def test_a_field_of_scaling_that_the_class_ignores_is_refused(saved):
@@ -424,12 +447,42 @@ def test_a_field_of_scaling_that_the_class_ignores_is_refused(saved):
         ({"latents_mean": [0.0] * 4 + [float("nan")], "latents_std": [1.0] * 5}, "expected finite numbers"),
         ({"dtype": "float64"}, "got dtype 'float64'"),
         ({"slices": 0}, "slices 0; expected"),
-        ({"input_range": (1, 0)}, "got input_range (1, 0), expected its lower end first"),
+        ({"input_range": (1, 0)}, "got input_range (1, 0), expected finite numbers, its lower end first"),
+        ({"input_range": (0, math.inf)}, "got input_range (0, inf), expected finite numbers"),
     ],
 )
 def test_options_that_cannot_be(options, said, saved):
     folder, _ = saved("AutoencoderKL")
     assert said in refusal(InputError, model=str(folder), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"latents_mean": "abcde", "latents_std": "abcde"}, "got latents_mean 'abcde'"),
+        ({"latents_mean": [0.0] * 5, "latents_std": ["1"] * 5}, "expected a list of numbers each"),
+        ({"slices": True}, "slices True; expected"),
+        ({"slices": "2"}, "slices '2'; expected"),
+        ({"model": 7}, "got model 7"),
+        ({"subfolder": 7}, "subfolder 7"),
+        ({"variant": 7}, "variant 7"),
+        ({"input_range": (0,)}, "got input_range (0,), expected two numbers"),
+        ({"input_range": ("0", 1)}, "expected two numbers"),
+        ({"input_range": 1.0}, "expected two numbers"),
+    ],
+)
+def test_options_of_another_type(options, said, saved):
+    folder, _ = saved("AutoencoderKL")
+    assert said in refusal(InputTypeError, **{"model": str(folder), **options})
+
+
+def test_floats_of_another_range_are_refused(saved):
+    """Levels up to 255, and what is not a number; a little beyond [−1, 1] decoders and filters go themselves."""
+    autoencoder = autoencoders.build("diffusers", model=str(saved("AutoencoderKL")[0]))
+    assert autoencoder.moments(1.5 * images()).mean.isfinite().all()
+    for wrong in (127.5 * (images() + 1), images() * math.nan):
+        with pytest.raises(InputError, match=r"got images of floats up to .*, expected \[−1, 1\]; levels a are"):
+            autoencoder.moments(wrong)
 
 
 def test_statistics_are_refused_where_there_are_some(saved):
@@ -452,8 +505,9 @@ def test_images_and_latents_that_do_not_fit(saved):
     for call in (autoencoder.decode, autoencoder.to_model, autoencoder.to_autoencoder):
         with pytest.raises(InputError, match=r"got latents of shape \(2, 4, 3, 3\), expected \(N, 5, h, w\)"):
             call(torch.zeros(2, 4, 3, 3))
-    folder, _ = saved("AutoencoderKL", "grey", in_channels=1, out_channels=1)
-    assert "of 1 image channels, expected 3" in refusal(InputError, model=str(folder))
+    for side in ("in_channels", "out_channels"):
+        folder, _ = saved("AutoencoderKL", side, **{side: 4})
+        assert f"of 4 image channels ({side}), expected 3" in refusal(InputError, model=str(folder))
 
 
 def test_files_that_are_not_there_or_damaged(saved, tmp_path):

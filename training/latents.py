@@ -10,7 +10,7 @@ from typing import Any
 from pathline.data import Dataset
 from pathline.encoders.autoencoders import Autoencoder
 
-__all__ = ["alike", "autoencoder_problems", "changes_of_samples"]
+__all__ = ["SHAPED", "alike", "autoencoder_problems", "changes_of_samples"]
 
 _SAME = ("class", "sha256", "input_range", "scaling.mean", "scaling.std")
 SHAPED = ("shape", "num_classes")  # of a data set

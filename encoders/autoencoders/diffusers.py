@@ -5,7 +5,9 @@ N images of R × R pixels; C, h, w the shape of a latent.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -21,6 +23,7 @@ from pathline.encoders.autoencoders.presets import PRESETS, Preset
 __all__ = ["DiffusersAutoencoder"]
 
 Precision = Literal["float32", "float16", "bfloat16"]
+FARTHEST = 2.0  # that images from a decoder or a filter may overshoot [−1, 1] to; others are of another range
 TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -45,6 +48,7 @@ class DiffusersAutoencoder(Autoencoder):
 
     Raises:
         InputError: statistics that do not fit, or a range or number that cannot be.
+        InputTypeError: an option of another type.
         WeightsError: see ``files.find`` and ``files.load``.
         MissingPackageError: diffusers, or what it needs, is not installed.
     """
@@ -67,18 +71,16 @@ class DiffusersAutoencoder(Autoencoder):
         slices: int = 16,
     ) -> None:
         super().__init__()
-        if dtype not in TYPES or slices < 1:
-            raise InputError(f"got dtype {dtype!r}, slices {slices}; expected one of {', '.join(TYPES)}, and 1 or more")
-        files = find(model, subfolder, variant)
+        _check_options(model, subfolder, variant, dtype, input_range, slices)
+        files = find(str(model), subfolder, variant)
         network, sha256 = load(files)
         self.kind, self.channels, self.slices = files.kind, files.kind.channels(network), slices
         self.input_range = self.kind.input_range if input_range is None else (input_range[0], input_range[1])
-        if not self.input_range[0] < self.input_range[1]:
-            raise InputError(f"got input_range {input_range}, expected its lower end first")
         low, high = self.input_range
         self._centre, self._half = (low + high) / 2, (high - low) / 2
-        if int(network.config.get("in_channels", 3)) != 3:
-            raise InputError(f"got {model} of {network.config['in_channels']} image channels, expected 3")
+        for side in ("in_channels", "out_channels", "num_channels"):  # of each class those that it has
+            if network.config.get(side, 3) != 3:
+                raise InputError(f"got {model} of {network.config[side]} image channels ({side}), expected 3")
         given = given_scaling(latents_mean, latents_std, self.channels)
         if given is not None and self.kind.own_statistics(network):
             raise InputError(f"got latents_mean for {model}, which brings statistics of its own; leave it out")
@@ -120,7 +122,7 @@ class DiffusersAutoencoder(Autoencoder):
         """Return the unscaled posterior of images (N, 3, R, R), uint8 or floats in [−1, 1], in float32.
 
         Raises:
-            InputError: images of another shape, or values that float16 cannot hold.
+            InputError: images of another shape, floats far out of [−1, 1], or values that float16 cannot hold.
             InputTypeError: neither uint8 nor floating point.
         """
         if not isinstance(images, Tensor) or (images.dtype != torch.uint8 and not images.is_floating_point()):
@@ -129,6 +131,11 @@ class DiffusersAutoencoder(Autoencoder):
         if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
             raise InputError(f"got images of shape {tuple(images.shape)}, expected (N, 3, R, R)")
         self.latent_shape(images.shape[2])
+        first = images[: self.slices]
+        if first.is_floating_point() and first.numel() and not float(first.abs().max()) <= FARTHEST:
+            raise InputError(
+                f"got images of floats up to {float(first.abs().max()):g}, expected [−1, 1]; levels a are a/127.5 − 1"
+            )
         found = [self._encoded(part) for part in self._parts(images)]
         means, stds = [mean for mean, _ in found], [std for _, std in found if std is not None]
         return Moments(torch.cat(means), torch.cat(stds) if stds else None)
@@ -181,6 +188,25 @@ class DiffusersAutoencoder(Autoencoder):
         raw = rearrange(self.to_autoencoder(z), "n (c p q) h w -> n c (h p) (w q)", p=p, q=p)
         images = [self._checked(self.network.decode(part.to(self.network.dtype)).sample) for part in self._parts(raw)]
         return (torch.cat(images) - self._centre) / self._half
+
+
+def _check_options(model: Any, subfolder: Any, variant: Any, dtype: Any, input_range: Any, slices: Any) -> None:
+    """Raise InputTypeError or InputError for options that cannot be, whatever the files hold."""
+    texts = isinstance(model, str | Path) and all(isinstance(text, str | None) for text in (subfolder, variant))
+    if not texts or type(slices) is not int:
+        raise InputTypeError(
+            f"got model {model!r}, subfolder {subfolder!r}, variant {variant!r}, slices {slices!r}; expected texts and "
+            "a whole number"
+        )
+    if dtype not in tuple(TYPES) or slices < 1:
+        raise InputError(f"got dtype {dtype!r}, slices {slices}; expected one of {', '.join(TYPES)}, and 1 or more")
+    if input_range is None:
+        return
+    numbers = isinstance(input_range, list | tuple) and all(type(end) in (int, float) for end in input_range)
+    if not numbers or len(input_range) != 2:
+        raise InputTypeError(f"got input_range {input_range!r}, expected two numbers")
+    if not all(map(math.isfinite, input_range)) or not input_range[0] < input_range[1]:
+        raise InputError(f"got input_range {input_range}, expected finite numbers, its lower end first")
 
 
 @registry.register("diffusers")

@@ -7,10 +7,10 @@ class, and none for a class whose rule is not written down. C channels of a late
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from pathline.core.errors import InputError, WeightsError, suggest
+from pathline.core.errors import InputError, InputTypeError, PathlineError, WeightsError, suggest
 
 __all__ = ["FIELDS", "KINDS", "Kind", "Scaling", "given_scaling", "kind_of"]
 
@@ -68,14 +68,18 @@ def kind_of(name: str, where: str) -> Kind:
     return KINDS[name]
 
 
-def given_scaling(mean: Sequence[float] | None, std: Sequence[float] | None, channels: int) -> Scaling | None:
+def given_scaling(mean: Any, std: Any, channels: int) -> Scaling | None:
     """Return the scaling by statistics that somebody gives; None where nobody does.
 
     Raises:
         InputError: one without the other, another number than C, or values that cannot be.
+        InputTypeError: something else than numbers.
     """
     if mean is None and std is None:
         return None
+    for values in (mean, std):
+        if values is not None and (not isinstance(values, list | tuple) or not all(map(_is_number, values))):
+            raise InputTypeError(f"got latents_mean {mean!r} and latents_std {std!r}, expected a list of numbers each")
     if mean is None or std is None or not len(mean) == len(std) == channels:
         raise InputError(f"got latents_mean {mean} and latents_std {std}; give both, {channels} numbers each")
     if not all(map(math.isfinite, (*mean, *std))) or min(std) <= 0:
@@ -83,15 +87,22 @@ def given_scaling(mean: Sequence[float] | None, std: Sequence[float] | None, cha
     return Scaling([float(m) for m in mean], [float(s) for s in std], "latents_mean and latents_std as given")
 
 
-def _field(network: Any, name: str) -> float:
+def _is_number(value: Any) -> bool:
+    return type(value) is float or (type(value) is int and abs(value) < 2**63)  # larger ones overflow a float
+
+
+def _field(network: Any, name: str, *, positive: bool = True) -> float:
     """Return a number of a network's configuration; nothing takes the place of one that is not there."""
     value = network.config[name]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value == 0:
-        raise WeightsError(
-            f"got {name} {value!r} in the configuration of {type(network).__name__}, expected a number other than 0; "
-            "correct its config.json"
-        )
+    if not _is_number(value) or not math.isfinite(value) or (value <= 0 if positive else value == 0):
+        wanted = "a number above 0" if positive else "a number other than 0"
+        raise WeightsError(f"got {name} {value!r} in {_place(network)}, expected {wanted}; correct it")
     return float(value)
+
+
+def _place(network: Any) -> str:
+    """Name the file that a network's configuration was read from."""
+    return f"{network.config.get('_name_or_path', '')}/config.json of {type(network).__name__}"
 
 
 def _by_factor(network: Any, channels: int) -> Scaling:
@@ -105,7 +116,7 @@ def _by_factor_and_shift(network: Any, channels: int) -> Scaling:
     shift, scale = network.config["shift_factor"], _field(network, "scaling_factor")
     if not shift:
         return _by_factor(network, channels)
-    shift = _field(network, "shift_factor")
+    shift = _field(network, "shift_factor", positive=False)
     return Scaling([shift] * channels, [1 / scale] * channels, "scaling_factor and shift_factor of its configuration")
 
 
@@ -115,10 +126,12 @@ def _of_kl(network: Any, channels: int) -> Scaling:
         return _by_factor_and_shift(network, channels)
     if network.config["shift_factor"]:
         raise WeightsError(
-            "got shift_factor beside latents_mean in the configuration of AutoencoderKL, of which pipelines apply "
-            "one; take one out of its config.json"
+            f"got shift_factor beside latents_mean in {_place(network)}, of which pipelines apply one; take one out"
         )
-    given = given_scaling(network.config["latents_mean"], network.config["latents_std"], channels)
+    try:
+        given = given_scaling(network.config["latents_mean"], network.config["latents_std"], channels)
+    except PathlineError as error:
+        raise WeightsError(f"got statistics in {_place(network)} that cannot be: {error}") from error
     scale = _field(network, "scaling_factor")
     assert given is not None
     source = "latents_mean, latents_std and scaling_factor of its configuration"
@@ -132,8 +145,10 @@ def _has_statistics(network: Any) -> bool:
 def _of_batch_norm(network: Any, channels: int) -> Scaling:
     """(z − running mean)/√(running variance + ε) of 2 × 2 patches, as FLUX.2's pipeline has it."""
     eps = _field(network, "batch_norm_eps")
-    std = (network.bn.running_var.double() + eps).sqrt().tolist()
-    return Scaling(network.bn.running_mean.double().tolist(), std, "running statistics of its batch norm")
+    mean, std = network.bn.running_mean.double(), (network.bn.running_var.double() + eps).sqrt()
+    if not bool(mean.isfinite().all()) or not bool((std.isfinite() & (std > 0)).all()):
+        raise WeightsError(f"got statistics that cannot be in the weights beside {_place(network)}; use another copy")
+    return Scaling(mean.tolist(), std.tolist(), "running statistics of its batch norm")
 
 
 def _inside(network: Any, channels: int) -> Scaling:
