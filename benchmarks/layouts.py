@@ -14,7 +14,8 @@ from torch.utils.data import Dataset as TorchDataset
 
 from pathline import data
 from pathline.data import Dataset
-from pathline.data.prepare import Options, prepare
+from pathline.data.prepare import Options
+from pathline.data.prepare.command import prepare
 from pathline.data.sources import ImageSource
 from pathline.encoders.autoencoders import Autoencoder, Moments
 

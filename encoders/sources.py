@@ -17,7 +17,7 @@ from pathline.core.draws import send
 from pathline.core.errors import DataError
 from pathline.data.base import Batch, Dataset
 from pathline.data.features import FeatureFile, encoder_changes
-from pathline.data.prepare_manifest import read_manifest
+from pathline.data.prepare.manifest import read_manifest
 from pathline.data.prepared import Prepared
 from pathline.encoders.base import Encoder
 from pathline.encoders.networks import hash_of_file, hash_of_tensors

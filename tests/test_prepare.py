@@ -23,9 +23,9 @@ from safetensors.torch import load_file, save_file
 from pathline import ConfigurationError, DataError, Draws, InputError, data, encoders
 from pathline.core.config import resolve
 from pathline.core.errors import PathlineError
-from pathline.data import prepare as command
 from pathline.data.crop import centre_crop
-from pathline.data.prepare import Options, prepare
+from pathline.data.prepare import Options, command
+from pathline.data.prepare.command import prepare
 from pathline.training import Trainer
 from pathline.training.log import read_rows
 

@@ -16,7 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
-from pathline.data.prepare import Options, prepare
+from pathline.data.prepare import Options
+from pathline.data.prepare.command import prepare
 
 TESTS = Path(__file__).parent
 

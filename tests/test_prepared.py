@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 from pathline import CheckpointError, DataError, Draws, InputError, InputTypeError, data
 from pathline.core.config import resolve
-from pathline.data import prepare as command
-from pathline.data.prepare import Options, prepare
+from pathline.data.prepare import Options, command
+from pathline.data.prepare.command import prepare
 from pathline.encoders import Cached, Computed
 from pathline.training import Trainer
 

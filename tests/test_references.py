@@ -368,7 +368,7 @@ def test_references_of_metrics_that_need_halves(space, tmp_path):
 def test_images_that_are_cropped_and_prepared_ones(space, tmp_path, capsys):
     """A folder of images of many sizes by the data set that crops them, and the same packed as pixels."""
     from pathline.data.crop import centre_crop
-    from pathline.data.prepare import main as prepare
+    from pathline.data.prepare.command import main as prepare
 
     source = tmp_path / "source"
     levels = []

@@ -24,13 +24,13 @@ from lightning_fabric.utilities.rank_zero import rank_zero_only
 from pathline import encoders
 from pathline.core.errors import ConfigurationError, DataError, InputError, PathlineError, ProcessError
 from pathline.core.registry import Registry
-from pathline.data.prepare_encoding import Encoding
-from pathline.data.prepare_images import chosen_images
-from pathline.data.prepare_machine import launched, settle
-from pathline.data.prepare_manifest import Manifest
-from pathline.data.prepare_request import Options, request_of
-from pathline.data.prepare_shards import Folder
-from pathline.data.prepare_work import Work
+from pathline.data.prepare.encoding import Encoding
+from pathline.data.prepare.images import chosen_images
+from pathline.data.prepare.machine import launched, settle
+from pathline.data.prepare.manifest import Manifest
+from pathline.data.prepare.request import Options, request_of
+from pathline.data.prepare.shards import Folder
+from pathline.data.prepare.work import Work
 from pathline.data.sources import ImageSource, source_of
 from pathline.encoders import Encoder, autoencoders
 from pathline.encoders.autoencoders import Autoencoder
@@ -233,7 +233,3 @@ def _parser() -> argparse.ArgumentParser:
     add("--on-error", choices=("stop", "drop"), default="stop", help="what an image that cannot be read or stored does")
     add("--licence", help="a note to keep in the manifest")
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pathline.core.errors import DataError
 from pathline.data.packed import Mapped, hash_of
-from pathline.data.prepare_manifest import FLIPPED, FORMAT, MANIFEST, Manifest, Shard
+from pathline.data.prepare.manifest import FLIPPED, FORMAT, MANIFEST, Manifest, Shard
 
 __all__ = ["Files"]
 

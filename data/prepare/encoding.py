@@ -13,8 +13,8 @@ from torch import Tensor
 
 from pathline.core.draws import send
 from pathline.core.errors import InputError
-from pathline.data.prepare_manifest import FEATURES, FLIPPED, Column
-from pathline.data.prepare_shards import column_of
+from pathline.data.prepare.manifest import FEATURES, FLIPPED, Column
+from pathline.data.prepare.shards import column_of
 
 __all__ = ["Encoding"]
 

@@ -13,7 +13,7 @@ import torch
 
 from pathline.core.errors import ConfigurationError
 from pathline.data.crop import CROP
-from pathline.data.prepare_manifest import Request
+from pathline.data.prepare.manifest import Request
 from pathline.data.sources import ImageSource
 
 __all__ = ["Options", "request_of"]

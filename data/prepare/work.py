@@ -18,10 +18,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pathline.core.errors import DataError, PathlineError, ProcessError
-from pathline.data.prepare_encoding import Encoding
-from pathline.data.prepare_files import Files
-from pathline.data.prepare_images import Decoder
-from pathline.data.prepare_manifest import (
+from pathline.data.prepare.encoding import Encoding
+from pathline.data.prepare.files import Files
+from pathline.data.prepare.images import Decoder
+from pathline.data.prepare.manifest import (
     FLIPPED,
     FORMAT,
     MANIFEST,
@@ -33,8 +33,8 @@ from pathline.data.prepare_manifest import (
     read_manifest,
     shard_name,
 )
-from pathline.data.prepare_shards import Folder, Record, ShardFile
-from pathline.data.prepare_statistics import Spread
+from pathline.data.prepare.shards import Folder, Record, ShardFile
+from pathline.data.prepare.statistics import Spread
 from pathline.data.sources import ImageSource
 
 __all__ = ["Work"]

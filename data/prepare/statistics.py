@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from pathline.data.prepare_manifest import Channels
+from pathline.data.prepare.manifest import Channels
 
 __all__ = ["Spread"]
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pathline.core.errors import DataError
 from pathline.data.packed import hash_of
-from pathline.data.prepare_manifest import (
+from pathline.data.prepare.manifest import (
     FORMAT,
     MANIFEST,
     MOMENTS,
@@ -34,7 +34,7 @@ from pathline.data.prepare_manifest import (
     read_manifest,
     shard_name,
 )
-from pathline.data.prepare_statistics import Spread
+from pathline.data.prepare.statistics import Spread
 
 __all__ = ["Folder", "Record", "ShardFile", "column_of"]
 
