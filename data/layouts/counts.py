@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import secrets
 from collections import Counter
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 
 from pathline.core.errors import DataError, InputError
-from pathline.data.layouts.shards import local, name_of, samples
+from pathline.data.layouts.shards import Sample, local, name_of, samples
 from pathline.data.layouts.stores import few
+from pathline.data.layouts.streams import Held
 
 __all__ = ["INDEX", "Count", "counted"]
 
 INDEX = "shardindex.json"
 _KIND = "wids-shard-index-v1"
 _BYTES_A_SHARD = 4096  # of the index
-_STREAMS = 4  # shards that the first pass reads at once
+_AHEAD = 8  # shards that the first pass has begun or may begin
 
 
 class Count(NamedTuple):
@@ -37,23 +39,35 @@ class Count(NamedTuple):
     size: int | None
 
 
-def counted(urls: Sequence[str], index: str | None) -> tuple[list[Count], Path]:
+def counted(
+    urls: Sequence[str], index: str | None, *, whole: bool, check: Callable[[Sample], None]
+) -> tuple[list[Count], Path]:
     """Return the counts of shards from their index, which is made by a pass over them all where there is none.
+
+    Of several processes one makes it, and the others wait for that.
 
     Args:
         urls: of the shards.
         index: path of the index; None is ``shardindex.json`` beside shards that lie in one folder.
+        whole: whether the index may tell of no other shards.
+        check: raises DataError for a sample, without its contents, that is none; called where the index is made.
 
     Returns:
         A count a shard, and the path of the index.
 
     Raises:
-        DataError: an index that is none, lacks a shard, or tells of another size than a file has; a shard that cannot
-            be read; an index that cannot be written.
+        DataError: an index that is none, lacks a shard or tells of one that is not there, or of another size than a
+            file has; a shard that cannot be read; an index that cannot be written.
         InputError: no path of an index for shards that are not in one folder.
     """
-    path = Path(index) if index is not None else _beside(urls)
-    found = _read(path, urls) if path.is_file() else _made(path, urls)
+    path = Path(index).expanduser() if index is not None else _beside(urls)
+    if not path.is_file():
+        if not os.access(path.parent, os.W_OK):
+            raise DataError(f"got no index {path}, which cannot be written either; set index to the path of a file")
+        with _alone(path):
+            if not path.is_file():  # it is there if another process has made it meanwhile
+                _make(path, urls, check)
+    found = _read(path, urls, whole)
     for url, count in zip(urls, found, strict=True):
         file = local(url)
         if file is not None and count.size is not None and count.size != _size(file):
@@ -62,6 +76,20 @@ def counted(urls: Sequence[str], index: str | None) -> tuple[list[Count], Path]:
                 "anew, if the shard is meant to have changed"
             )
     return found, path
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Wait until no other process makes an index. The lock ends with its process, however that ends."""
+    lock = path.with_name(f".{path.name}.lock")
+    handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        with suppress(OSError):  # on a file system without locks each process makes it
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(handle)
 
 
 def _size(file: Path) -> int:
@@ -79,7 +107,7 @@ def _beside(urls: Sequence[str]) -> Path:
     return folder / INDEX
 
 
-def _read(path: Path, urls: Sequence[str]) -> list[Count]:
+def _read(path: Path, urls: Sequence[str], whole: bool) -> list[Count]:
     if path.stat().st_size > _BYTES_A_SHARD * (len(urls) + 1000):  # it may tell of more shards than are read
         raise DataError(f"got {path} of {path.stat().st_size} bytes for {len(urls)} shards; it is no index of them")
     try:
@@ -87,13 +115,19 @@ def _read(path: Path, urls: Sequence[str]) -> list[Count]:
         entries = {str(entry["url"]): _count(entry) for entry in told["shardlist"]}
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise DataError(f"got {path}, which is no index of shards ({error!r}); delete it to make it anew") from error
-    names = Counter(name_of(url) for url in entries)  # shards may have been moved, with their index or without
-    moved = {name: count for url, count in entries.items() if names[name := name_of(url)] == 1}
-    found = [entries.get(url, moved.get(name_of(url))) for url in urls]
-    missing = [url for url, count in zip(urls, found, strict=True) if count is None]
+    names = Counter(map(name_of, entries))
+    moved = {name_of(url): url for url in entries if names[name_of(url)] == 1}  # with their index or without
+    told_as = [url if url in entries else moved.get(name_of(url)) for url in urls]
+    missing = [url for url, other in zip(urls, told_as, strict=True) if other is None]
     if missing:
         raise DataError(f"got {path} without the shards {few(missing)}; delete it to make it anew")
-    return [count for count in found if count is not None]
+    gone = entries.keys() - set(told_as) if whole else ()
+    if gone:
+        raise DataError(
+            f"got {path}, which tells of {few(map(name_of, gone))}, not there; copy what is missing, or delete the "
+            "index to make it anew, if it is meant to be gone"
+        )
+    return [entries[url] for url in told_as if url is not None]
 
 
 def _count(entry: Any) -> Count:
@@ -103,17 +137,20 @@ def _count(entry: Any) -> Count:
     return Count(samples, size)
 
 
-def _made(path: Path, urls: Sequence[str]) -> list[Count]:
+def _make(path: Path, urls: Sequence[str], check: Callable[[Sample], None]) -> None:
     """Count the samples of every shard, and write the index: it appears whole or not at all."""
-    if not os.access(path.parent, os.W_OK):
-        raise DataError(f"got no index {path}, which cannot be written either; set index to the path of a file")
-    with ThreadPoolExecutor(_STREAMS) as pool:
-        results = pool.map(lambda url: samples(url, contents=False), urls)
-        read = [(len(each), size) for each, size in tqdm(results, "counting samples", len(urls), unit="shard")]
-    empty = [url for url, (count, _) in zip(urls, read, strict=True) if not count]
+    listed = []
+    held = Held(lambda number: _looked_at(urls[number], check))
+    try:
+        for number, url in enumerate(tqdm(urls, "counting samples", unit="shard")):
+            held.want({"ahead": range(number, min(number + _AHEAD, len(urls)))}, forget=lambda _: False)
+            samples, size = held.get(number, "now")
+            listed.append({"url": url, "nsamples": samples, "filesize": size})
+    finally:
+        held.want({}, forget=lambda _: True)
+    empty = [str(entry["url"]) for entry in listed if not entry["nsamples"]]
     if empty:
         raise DataError(f"got no samples in {few(empty)}; leave out what is no shard")
-    listed = [{"url": url, "nsamples": count, "filesize": size} for url, (count, size) in zip(urls, read, strict=True)]
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         part.write_text(json.dumps({"__kind__": _KIND, "wids_version": 1, "shardlist": listed}, indent=1))
@@ -122,4 +159,11 @@ def _made(path: Path, urls: Sequence[str]) -> list[Count]:
         raise DataError(f"got {path}, which cannot be written: {error}; set index to another path") from error
     finally:
         part.unlink(missing_ok=True)
-    return [Count(count, size) for count, size in read]
+
+
+def _looked_at(url: str, check: Callable[[Sample], None]) -> tuple[int, int]:
+    """Return how many samples a shard has, all of them checked, and its bytes."""
+    found, size = samples(url)
+    for sample in found:
+        check(sample)
+    return len(found), size

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import re
 import subprocess
 import tarfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 from urllib.parse import urlsplit
@@ -19,6 +20,7 @@ from urllib.request import url2pathname
 
 from pathline.core.checks import require
 from pathline.core.errors import DataError, InputTypeError
+from pathline.data.sources.tar import plain_files
 
 __all__ = ["ARRAYS", "IMAGES", "Sample", "expanded", "local", "name_of", "samples"]
 
@@ -46,7 +48,7 @@ class Sample(NamedTuple):
     Attributes:
         url: of its shard.
         key: of it.
-        members: content by kind, as ``jpg`` and ``cls``.
+        members: content by kind, as ``jpg`` and ``cls``; empty where it was not asked for.
     """
 
     url: str
@@ -54,8 +56,11 @@ class Sample(NamedTuple):
     members: dict[str, bytes]
 
 
-def expanded(path: str | Sequence[str]) -> list[str]:
+def expanded(path: str | Sequence[str]) -> tuple[list[str], bool]:
     """Return the URLs of shards: of a folder its ``*.tar``, of a pattern as ``x-{000000..000009}.tar`` what it means.
+
+    Returns:
+        URLs, and whether only folders were given, whose shards should then be all that there are.
 
     Raises:
         DataError: none, too many, or one twice.
@@ -67,18 +72,20 @@ def expanded(path: str | Sequence[str]) -> list[str]:
     braces = require("braceexpand", "webdataset")
     require("webdataset.tariterators", "webdataset")  # here, and not first by several threads at once
     found: list[str] = []
-    for part in map(str, given):
+    whole = True
+    for part in map(os.path.expanduser, given):
         folder = local(part)
         if folder is not None and _is_folder(folder):
             found += [str(file) for file in sorted(folder.glob("*.tar")) if not file.name.startswith(".")]
         else:
+            whole = False
             spans = [abs(int(last) - int(first)) + 1 for first, last in _RANGE.findall(part)]
             if math.prod(spans) > _SHARDS:  # before they are expanded
                 raise DataError(f"got {part}, which means {math.prod(spans)} shards; expected {_SHARDS} or fewer")
             found += itertools.islice(braces.braceexpand(part), _SHARDS + 1)
     if not found or len(found) > _SHARDS or len(set(found)) < len(found):
         raise DataError(f"got {len(found)} shards at {path}, of them {len(set(found))} different; expected 1 or more")
-    return found
+    return found, whole
 
 
 def _is_folder(path: Path) -> bool:
@@ -102,25 +109,26 @@ def name_of(url: str) -> str:
     return url.rpartition("/")[2] if file is None else file.name
 
 
-def samples(url: str, *, contents: bool = True, first: bool = False) -> tuple[list[Sample], int]:
+def samples(url: str, kinds: Collection[str] = (), *, first: bool = False) -> tuple[list[Sample], int]:
     """Read a shard from end to end; what is no file is tried three times.
 
     Args:
         url: of it.
-        contents: False leaves the members empty, which is enough to count samples.
+        kinds: of members that are read; others are left empty, which is enough to count samples.
         first: whether the first sample is enough, behind which nothing is read or checked.
 
     Returns:
         Its samples in order, and the bytes read.
 
     Raises:
-        DataError: it cannot be read, is truncated, or holds links, devices or members that are too large; names it.
+        DataError: it cannot be read, is truncated, or holds links, devices, members that are too large or there twice,
+            or a sample in two places; names it.
         MissingPackageError: webdataset is not installed.
     """
     pauses = () if local(url) else _PAUSES
     for tried in itertools.count():
         try:
-            return _read(url, contents, first)
+            return _read(url, kinds, first)
         except _Failed as error:
             if tried == len(pauses) or error.final:
                 tries = f" in {tried + 1} tries" if tried else ""
@@ -137,10 +145,10 @@ class _Failed(Exception):
         self.final = final
 
 
-def _read(url: str, contents: bool, first: bool) -> tuple[list[Sample], int]:
+def _read(url: str, kinds: Collection[str], first: bool) -> tuple[list[Sample], int]:
     stream = _opened(url)
     try:
-        found, size = _samples(url, stream, contents, first)
+        found, size = _samples(url, stream, kinds, first)
         if not first:
             stream.close()  # of a command: its exit code is looked at
     except (OSError, tarfile.TarError, ValueError) as error:
@@ -183,9 +191,9 @@ def _said(stream: Any, error: Exception) -> _Failed:
     return _Failed(f"its command ended with exit code {code}{words and f', {words}'}", final=words in _FINAL)
 
 
-def _samples(url: str, stream: Any, contents: bool, first: bool) -> tuple[list[Sample], int]:
+def _samples(url: str, stream: Any, kinds: Collection[str], first: bool) -> tuple[list[Sample], int]:
     forward = _Forward(stream)
-    grouped = require("webdataset.tariterators", "webdataset").group_by_keys(_members(url, forward, contents))
+    grouped = require("webdataset.tariterators", "webdataset").group_by_keys(_members(url, forward, kinds))
     found = [
         Sample(url, group["__key__"], {kind: group[kind] for kind in group if kind in _USED})
         for group in itertools.islice(grouped, 1 if first else None)
@@ -195,24 +203,26 @@ def _samples(url: str, stream: Any, contents: bool, first: bool) -> tuple[list[S
     return found, forward.position
 
 
-def _members(url: str, forward: _Forward, contents: bool) -> Iterator[dict[str, Any]]:
+def _members(url: str, forward: _Forward, kinds: Collection[str]) -> Iterator[dict[str, Any]]:
     """Yield the members of a tar that are used, as ``group_by_keys`` takes them."""
     split = require("webdataset.tariterators", "webdataset").base_plus_ext
+    keys: dict[str, set[str]] = {}
     archive = tarfile.open(fileobj=cast("IO[bytes]", forward), mode="r:")
-    while (member := archive.next()) is not None:
-        archive.members = []  # type: ignore[attr-defined]  # it would keep all of them
-        if member.isdir():
-            continue
-        if not member.isreg() or member.issparse():
-            raise DataError(f"got {member.name} in {url}, a link, a device or a file with holes; expected plain files")
-        _, kind = split(member.name)
-        if kind is None or kind.lower() not in _USED:
+    for member in plain_files(archive, url):
+        key, ending = split(member.name)
+        kind = (ending or "").lower()
+        if kind not in _USED:
             continue
         if not 0 <= member.size <= _MEMBER:
             raise DataError(f"got {member.name} of {member.size} bytes in {url}, expected {_MEMBER} or less")
+        if key in keys and next(reversed(keys)) != key:
+            raise DataError(f"got the sample {key} in two places of {url}, expected its members side by side")
+        if kind in keys.setdefault(key, set()):
+            raise DataError(f"got {member.name} twice in {url}, expected it once")
+        keys[key].add(kind)
         forward.seek(member.offset_data)
-        content = forward.read(member.size) if contents else b""
-        if contents and len(content) < member.size:
+        content = forward.read(member.size) if kind in kinds else b""
+        if kind in kinds and len(content) < member.size:
             raise tarfile.ReadError(f"it ends within {member.name}")
         yield {"fname": member.name, "data": content, "__url__": url}
     if forward.last != _END:

@@ -23,6 +23,7 @@ from pathline.data.layouts.base import (
     SURVEYED,
     LatentScaling,
     StoredLatents,
+    check_deviations,
     check_label,
     check_options,
 )
@@ -31,10 +32,13 @@ from pathline.data.layouts.counts import counted
 from pathline.data.layouts.files import check_workers, read_all
 from pathline.data.layouts.shards import ARRAYS, IMAGES, Sample, expanded, name_of, samples
 from pathline.data.layouts.streams import Held
+from pathline.data.sources.keys import label_in
+from pathline.data.visits import flips
 
 __all__ = ["WebDataset"]
 
 KINDS = {"images": IMAGES, "latents": ARRAYS, "moments": ARRAYS}
+FLIPS = "flipped"  # of what was loaded: which images are to be mirrored
 _HELD = 3  # windows of a lane: in use, the next one, and a second in use where a batch lies across an end
 
 
@@ -106,8 +110,9 @@ class WebDataset(StoredLatents):
         self.kind, self.num_classes, self.flip, self.label = kind, num_classes, flip, label
         self.data_are_images, self._workers = kind == "images", check_workers(workers)
         self._resolution = 256 if resolution is None else resolution
-        self.urls = expanded(path)
-        self._counts, self.index = counted(self.urls, index)
+        self._kinds = {*KINDS[kind], *(("cls", "json") if num_classes else ())}  # what is read of samples
+        self.urls, whole = expanded(path)
+        self._counts, self.index = counted(self.urls, index, whole=whole, check=self._check_members)
         self.order = BlockOrder([count.samples for count in self._counts], window, lanes, lane_batch)
         self._ends = np.cumsum(self.order.counts)
         self._held = Held(self._shard)
@@ -141,14 +146,14 @@ class WebDataset(StoredLatents):
         """Return samples as they are stored, images as uint8, and read what the next positions need ahead."""
         self._read_ahead(np.asarray(indices), draws)
         loaded = super().load(indices, draws)
-        return {**loaded, "flip": draws.uniform("flip").reshape(-1) < 0.5} if self.flip else loaded
+        return {**loaded, FLIPS: flips(draws)} if self.flip else loaded
 
     def finish(self, loaded: Batch, draws: BoundDraws) -> Batch:
         """Bring samples to model space: images to [−1, 1], mirrored or not, latents scaled, moments drawn from."""
-        finished = super().finish({key: value for key, value in loaded.items() if key != "flip"}, draws)
-        if "flip" in loaded:
+        finished = super().finish({key: value for key, value in loaded.items() if key != FLIPS}, draws)
+        if FLIPS in loaded:
             data = finished["data"]
-            finished["data"] = torch.where(loaded["flip"].reshape(-1, 1, 1, 1), data.flip(-1), data)
+            finished["data"] = torch.where(loaded[FLIPS].reshape(-1, 1, 1, 1), data.flip(-1), data)
         return finished
 
     def _to_model(self, values: Tensor) -> Tensor:
@@ -183,53 +188,68 @@ class WebDataset(StoredLatents):
 
     def _first_shape(self) -> tuple[int, ...]:
         """Return the shape of the first sample, which has to have a label too."""
-        found, _ = samples(self.urls[0], first=True)
+        found, _ = samples(self.urls[0], self._kinds, first=True)
         if not found:
             raise DataError(f"got {self.urls[0]} without a sample, of which {self.index} tells; delete the index")
+        self._check_members(found[0])
         self._label(found[0])
         return self._array(found[0]).shape
 
     def _shard(self, number: int) -> list[Sample]:
         """Read a shard, whose samples have to be as many as the index tells."""
         url, count = self.urls[number], self._counts[number].samples
-        found, _ = samples(url)
+        found, _ = samples(url, self._kinds)
         if len(found) != count:
             raise DataError(
                 f"got {url} with {len(found)} samples, of which {self.index} tells {count}; delete the index to make "
                 "it anew, if the shard is meant to have changed"
             )
+        for sample in found:
+            self._check_members(sample)
         return found
+
+    def _check_members(self, sample: Sample) -> None:
+        """Raise DataError, naming the sample, if it lacks what the kind of data, or a label, needs."""
+        known = KINDS[self.kind]
+        if not sample.members.keys() & set(known):
+            raise DataError(
+                f"got {_name(sample)} with {sorted(sample.members)}, expected {' or '.join(known)} for the kind "
+                f"{self.kind}; check data.kind"
+            )
+        if self.num_classes and not sample.members.keys() & {"cls", "json"}:
+            raise DataError(
+                f"got no label of {_name(sample)}, expected .cls or .json; set num_classes=0 for data without labels"
+            )
 
     def _array(self, sample: Sample) -> NDArray[Any]:
         """Return the decoded image (3, R, R) uint8, or the array as it is stored."""
-        known, name = KINDS[self.kind], _name(sample)
-        extension = next((word for word in known if word in sample.members), None)
-        if extension is None:
-            raise DataError(
-                f"got {name} with {sorted(sample.members)}, expected {' or '.join(known)} for the kind {self.kind}; "
-                "check data.kind"
-            )
-        content = sample.members[extension]
+        name = _name(sample)
+        content = next(sample.members[word] for word in KINDS[self.kind] if word in sample.members)
         if self.data_are_images:
             return np.ascontiguousarray(centre_crop(decode(content, name), self._resolution).transpose(2, 0, 1))
         values = read_array(content, name, NPY_FLOATS)
         if values.ndim != 3 or not values.size or (self.kind == "moments" and values.shape[0] % 2):
             raise DataError(f"got an array of shape {values.shape} in {name}, expected {self.kind}")
+        if self.kind == "moments":
+            check_deviations(values, name)
         return values
 
     def _label(self, sample: Sample) -> int:
         if not self.num_classes:
             return 0
-        try:
-            if "cls" in sample.members:
-                label = int(sample.members["cls"])
-            else:
-                label = json.loads(sample.members["json"])[self.label]
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
+        if "cls" in sample.members:
+            label: Any = label_in(sample.members["cls"])
+        else:
+            try:
+                told = json.loads(sample.members["json"])
+            except (ValueError, RecursionError):
+                told = None
+            label = told.get(self.label) if isinstance(told, dict) else None
+        if label is None:
             raise DataError(
-                f"got no label of {_name(sample)} ({error!r}), expected a whole number in .cls, or as {self.label!r} "
-                "in .json; set num_classes=0 for data without labels"
-            ) from error
+                f"got no label of {_name(sample)}, expected a whole number in digits in .cls, or as {self.label!r} in "
+                ".json; set num_classes=0 for data without labels"
+            )
         return check_label(label, self.num_classes, _name(sample))
 
     def _statistics_rows(self) -> NDArray[np.int64]:
