@@ -6,6 +6,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -188,6 +189,35 @@ def test_a_failed_export_leaves_what_was_there(whole, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         make_whole(whole)
     assert list((whole.parent.parent / "whole").iterdir()) == []
+
+
+@pytest.mark.parametrize("when", ["in the JSON file", "between both"])
+def test_an_export_that_ends_early_leaves_nothing_that_seems_whole(when, whole, tmp_path, monkeypatch):
+    """Other weights over earlier ones: both files stay, or are told to be of different ones."""
+    path = export.export(whole, "model", tmp_path / "x" / "shared.safetensors")
+    before = [file.read_bytes() for file in (path, path.with_suffix(".json"))]
+    write, replace = Path.write_text, Path.replace
+
+    def full(file, text, **options):
+        if "shared.json" in file.name:
+            write(file, text[:20])
+            raise OSError(28, "No space left on device")
+        return write(file, text, **options)
+
+    def killed(file, target):
+        if target.suffix == ".json":
+            raise KeyboardInterrupt
+        return replace(file, target)
+
+    monkeypatch.setattr(Path, *(("write_text", full) if when == "in the JSON file" else ("replace", killed)))
+    with pytest.raises(OSError if when == "in the JSON file" else KeyboardInterrupt):
+        export.export(whole, "ema", path)
+    assert sorted(file.name for file in path.parent.iterdir()) == ["shared.json", "shared.safetensors"]
+    if when == "in the JSON file":
+        assert [file.read_bytes() for file in (path, path.with_suffix(".json"))] == before
+    else:
+        with pytest.raises(CheckpointError, match="other contents than shared.json tells"):
+            load_exported(path)
 
 
 def flip(path):

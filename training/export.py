@@ -14,6 +14,7 @@ import stat
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -27,7 +28,7 @@ from pathline.training.described import KEPT
 from pathline.training.exported import digest
 from pathline.training.manifest import SUFFIX, make_folder, read_manifest, sync
 
-__all__ = ["export", "main", "make_whole"]
+__all__ = ["export", "main", "make_whole", "write_pair"]
 
 
 def export(checkpoint: Path, average: str | None = None, output: Path | None = None) -> Path:
@@ -54,19 +55,34 @@ def export(checkpoint: Path, average: str | None = None, output: Path | None = N
     path = output or _run_of(checkpoint) / f"{average}-{checkpoint.resolve().name}{SUFFIX}"
     if path.suffix != SUFFIX:
         raise InputError(f"got output {path}, expected a name that ends in {SUFFIX}")
-    make_folder(path.parent.absolute())
-    temporary = path.with_name(f".{path.name}-{os.getpid()}")
-    try:
-        _save(checkpoints.read_group(checkpoint, average), temporary)
-        record = {"version": __version__, "sha256": digest(temporary), "average": average, "step": state["step"]}
-        record |= {key: state[key] for key in KEPT if key in state}
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    beside = path.with_suffix(".json")
-    beside.write_text(json.dumps(record, indent=1))
-    path.chmod(stat.S_IMODE(beside.stat().st_mode))  # safetensors lets the owner alone read
+    record = {"average": average, "step": state["step"], **{key: state[key] for key in KEPT if key in state}}
+    write_pair(path, checkpoints.read_group(checkpoint, average), record)
     return path
+
+
+def write_pair(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> Path:
+    """Write weights and the JSON file beside them, which tells version, hash and ``record``; return the latter's path.
+
+    What is there is replaced only after both lie on the disk. A process that is killed between the two leaves weights
+    of another hash than the JSON file tells, which are refused.
+
+    Raises:
+        OSError: the disk is full or read-only; what was there still is.
+    """
+    beside = path.with_suffix(".json")
+    make_folder(path.parent.absolute())
+    weights, told = (final.with_name(f".{final.name}-{os.getpid()}") for final in (path, beside))
+    try:
+        _save(tensors, weights)
+        told.write_text(json.dumps({"version": __version__, "sha256": digest(weights), **record}, indent=1))
+        weights.chmod(stat.S_IMODE(told.stat().st_mode))  # safetensors lets the owner alone read
+        sync(told)
+        weights.replace(path)
+        told.replace(beside)
+    finally:
+        weights.unlink(missing_ok=True)
+        told.unlink(missing_ok=True)
+    return beside
 
 
 def make_whole(checkpoint: Path, folder: Path | None = None) -> Path:

@@ -9,9 +9,7 @@ S snapshots of K tracks each; n counts updates.
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,18 +19,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
-from pathline import __version__
 from pathline.core.errors import CheckpointError, InputError, PathlineError
 from pathline.core.sections import Ema
 from pathline.training import checkpoints
 from pathline.training.described import KEPT
 from pathline.training.ema import exponent
-from pathline.training.exported import digest
-from pathline.training.manifest import sync
+from pathline.training.export import write_pair
 
 __all__ = ["Profile", "Reconstruction", "main", "plan", "reconstruct", "save", "solve_weights"]
 
@@ -184,28 +178,8 @@ def save(found: Reconstruction, output: Path) -> Path:
     Raises:
         OSError: the disk is full or read-only.
     """
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}-{os.getpid()}")
-    try:
-        save_file(found.tensors(), temporary, metadata={"format": "pt"})
-        sync(temporary)
-        record = json.dumps(_record(found, temporary), indent=1)
-        temporary.replace(output)
-    except SafetensorError as error:
-        raise OSError(f"{output}: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    beside = output.with_suffix(".json")
-    beside.write_text(record)
-    output.chmod(beside.stat().st_mode)  # safetensors lets the owner alone read
-    return beside
-
-
-def _record(found: Reconstruction, weights: Path) -> dict[str, Any]:
-    """Return what the JSON file tells: that of any exported weights, and the sum."""
-    return {
-        "version": __version__,
-        "sha256": digest(weights),
+    tensors = found.tensors()
+    record = {
         "average": f"ema-{found.length:.3f}",
         "length": found.length,
         "step": found.state["step"],
@@ -214,6 +188,7 @@ def _record(found: Reconstruction, weights: Path) -> dict[str, Any]:
         "snapshots": {path.name: of_tracks for path, of_tracks in found.weights.items()},
         **{key: found.state[key] for key in KEPT if key in found.state},
     }
+    return write_pair(output, tensors, record)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
