@@ -228,6 +228,34 @@ def test_paths_that_are_none(name, tmp_path):
         sources.build(name, path=str(tmp_path), nonsense=1)
 
 
+OPTIONS = [
+    ("folder", {"exif": "banana"}, "got exif 'banana', expected true or false"),
+    ("zip", {"exif": 1}, "got exif 1, expected true or false"),
+    ("zip", {"root": 3}, "got root 3, expected a text"),
+    ("tar", {"exif": None}, "got exif None, expected true or false"),
+    ("tar", {"root": ["a"]}, r"got root \['a'\], expected a text"),
+    ("huggingface", {"exif": "no"}, "got exif 'no', expected true or false"),
+    ("huggingface", {"split": 1}, "got split 1, expected a text"),
+    ("huggingface", {"options": [1]}, r"got options \[1\], expected a mapping"),
+    ("torchvision", {"dataset": "FakeData", "options": "abc"}, "got options 'abc', expected a mapping"),
+    ("torchvision", {"dataset": "FakeData", "options": []}, r"got options \[\], expected a mapping"),
+    ("torchvision", {"dataset": "FakeData", "download": "no"}, "got download 'no', expected true or false"),
+    ("torchvision", {"dataset": 7}, "got dataset 7, expected a text"),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "said"), OPTIONS)
+def test_options_of_another_type(name, options, said, tmp_path):
+    with pytest.raises(InputTypeError, match=said):
+        sources.build(name, path=str(tmp_path), **options)
+
+
+@pytest.mark.parametrize("source", [3, None, ["folder"]])
+def test_a_source_that_is_no_name(source, tmp_path):
+    with pytest.raises(InputTypeError, match="got source .*, expected a mapping of options"):
+        sources.source_of(str(tmp_path), source)
+
+
 # --- folders ---------------------------------------------------------------------------------------------------------
 
 

@@ -8,9 +8,12 @@ from typing import Any
 
 from PIL import Image
 
+from pathline.core.errors import InputTypeError
 from pathline.core.registry import Registry
 
-__all__ = ["ImageSource", "registry"]
+__all__ = ["ImageSource", "check_options", "registry"]
+
+_SAID = {bool: "true or false", str: "a text", Mapping: "a mapping of options"}
 
 
 class ImageSource(ABC):
@@ -41,6 +44,13 @@ class ImageSource(ABC):
     @abstractmethod
     def manifest(self) -> Mapping[str, Any]:
         """What the source is: its name, number of images, hash of keys and labels, decoding rules; fit for JSON."""
+
+
+def check_options(kind: type, **options: Any) -> None:
+    """Raise InputTypeError unless each option is of a type: bool, str or Mapping."""
+    for name, value in options.items():
+        if not isinstance(value, kind):
+            raise InputTypeError(f"got {name} {value!r}, expected {_SAID[kind]}")
 
 
 registry: Registry[ImageSource] = Registry("image source", "data.sources", ImageSource)

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from pathline.core.errors import DataError
 from pathline.data.decode import is_image
-from pathline.data.sources.base import registry
+from pathline.data.sources.base import check_options, registry
 from pathline.data.sources.encoded import EncodedSource
 from pathline.data.sources.files import as_path, read_file
 from pathline.data.sources.keys import TABLE, labels_of
@@ -32,11 +32,13 @@ class Folder(EncodedSource):
     Raises:
         DataError: no folder, no images, a link that leads out of it or to a folder, a class folder without images, or
             labels that do not belong to the images.
+        InputTypeError: an option of another type.
     """
 
     kind: ClassVar[str] = "folder"
 
     def __init__(self, path: str, *, exif: bool = False) -> None:
+        check_options(bool, exif=exif)
         root = as_path(path)
         if not root.is_dir():
             raise DataError(f"got {path}, which is no folder; expected a folder of images")

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from pathline.core.checks import require
-from pathline.core.errors import DataError, InputTypeError, suggest
+from pathline.core.errors import DataError, suggest
 from pathline.data.sources.arrays import row_keys
-from pathline.data.sources.base import registry
+from pathline.data.sources.base import check_options, registry
 from pathline.data.sources.encoded import EncodedSource
 from pathline.data.sources.files import as_path, read_file
 from pathline.data.sources.keys import Labels, numbered
@@ -34,6 +34,7 @@ class HuggingFace(EncodedSource):
 
     Raises:
         DataError: no such folder, name or split, a network that is shut, or not exactly one column of images.
+        InputTypeError: an option of another type.
         MissingPackageError: ``datasets`` is not installed.
     """
 
@@ -42,8 +43,9 @@ class HuggingFace(EncodedSource):
     def __init__(
         self, path: str, *, split: str = "train", options: Mapping[str, Any] | None = None, exif: bool = False
     ) -> None:
-        if not isinstance(path, str | Path):
-            raise InputTypeError(f"got path {path!r}, expected a text")
+        check_options(bool, exif=exif)
+        check_options(str, path=str(path) if isinstance(path, Path) else path, split=split)
+        check_options(Mapping, options={} if options is None else options)
         given = dict(options or {})
         found = _saved(as_path(path), split, given) if _is_folder(path) else _from_hub(str(path), split, given)
         self.column = _column_of_images(found.features, path)

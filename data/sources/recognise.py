@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pathline.core.errors import DataError
-from pathline.data.sources.base import ImageSource, registry
+from pathline.data.sources.base import ImageSource, check_options, registry
 from pathline.data.sources.files import as_path
 
 __all__ = ["source_of"]
@@ -36,8 +36,11 @@ def source_of(path: str, source: str | Mapping[str, Any] = "auto", **options: An
 
     Raises:
         DataError: nothing there, or nothing that is known, or what the source itself refuses.
+        InputTypeError: a source that is neither a name nor a mapping, or an option of another type.
         UnknownNameError, UnknownOptionError: no such source, or none with such an option.
     """
+    if not isinstance(source, str):
+        check_options(Mapping, source=source)
     given = {"name": source} if isinstance(source, str) else dict(source)
     if given.get("name", "auto") == "auto":
         given["name"] = _kind(as_path(path))

@@ -11,7 +11,7 @@ import numpy as np
 
 from pathline.core.errors import DataError
 from pathline.data.decode import is_image
-from pathline.data.sources.base import registry
+from pathline.data.sources.base import check_options, registry
 from pathline.data.sources.encoded import EncodedSource
 from pathline.data.sources.files import as_path, read_part, size_of
 from pathline.data.sources.keys import (
@@ -53,11 +53,14 @@ class Tar(EncodedSource):
     Raises:
         DataError: a damaged, truncated or compressed archive, one without images, or with members that are links or
             devices, or named so that they would lie outside; labels that do not belong to the images.
+        InputTypeError: an option of another type.
     """
 
     kind: ClassVar[str] = "tar"
 
     def __init__(self, path: str, *, root: str = "", exif: bool = False) -> None:
+        check_options(bool, exif=exif)
+        check_options(str, root=root)
         self.shards = _shards(as_path(path))
         below = f"{root.strip('/')}/" if root.strip("/") else ""
         members = [(name.removeprefix(below), place) for name, place in self._members() if name.startswith(below)]

@@ -16,7 +16,7 @@ from pathline.core.checks import require
 from pathline.core.errors import DataError, MissingPackageError, UnknownNameError, suggest
 from pathline.data.decode import rgb
 from pathline.data.sources.arrays import row_keys
-from pathline.data.sources.base import ImageSource, registry
+from pathline.data.sources.base import ImageSource, check_options, registry
 from pathline.data.sources.files import as_path
 from pathline.data.sources.keys import Labels, fingerprint, numbered
 
@@ -40,6 +40,7 @@ class TorchVision(ImageSource):
 
     Raises:
         DataError: files that are not there, or samples that are no such pairs.
+        InputTypeError: an option of another type.
         MissingPackageError: torchvision is not installed, or is of another torch build.
         UnknownNameError: it has no such class.
     """
@@ -47,6 +48,9 @@ class TorchVision(ImageSource):
     def __init__(
         self, path: str, *, dataset: str, options: Mapping[str, Any] | None = None, download: bool = False
     ) -> None:
+        check_options(bool, download=download)
+        check_options(str, dataset=dataset)
+        check_options(Mapping, options={} if options is None else options)
         root = as_path(path)
         given, found = dict(options or {}), _class(dataset)
         known = inspect.signature(found).parameters

@@ -13,7 +13,7 @@ import numpy as np
 
 from pathline.core.errors import DataError
 from pathline.data.decode import is_image
-from pathline.data.sources.base import registry
+from pathline.data.sources.base import check_options, registry
 from pathline.data.sources.encoded import EncodedSource
 from pathline.data.sources.files import LIMIT, as_path, read_part, size_of
 from pathline.data.sources.keys import TABLE, check_member, check_repetition, labels_of
@@ -58,11 +58,14 @@ class Zip(EncodedSource):
     Raises:
         DataError: a damaged archive, one without images, or with members that are links, encrypted, or named so that
             they would lie outside; labels that do not belong to the images.
+        InputTypeError: an option of another type.
     """
 
     kind: ClassVar[str] = "zip"
 
     def __init__(self, path: str, *, root: str = "", exif: bool = False) -> None:
+        check_options(bool, exif=exif)
+        check_options(str, root=root)
         file, below = as_path(path), f"{root.strip('/')}/" if root.strip("/") else ""
         inside = {
             member.name.removeprefix(below): member for member in members_of(file) if member.name.startswith(below)
