@@ -152,11 +152,19 @@ def test_nothing_to_read(write):
     [
         (["a/1.png", "b.png"], "got b.png in .* beside the folder a"),
         (["train/a/1.png", "train/b/2.png"], "below its one folder train"),
+        (["train/a/1.png", "val/a/2.png"], "with the folders train, val, which hold folders"),
+        (["Test/a/1.png", "Test/b/3.png", "Train/2.png"], "with the folders Test, Train, which hold folders"),
     ],
 )
 def test_folders_that_are_no_classes(keys, said, write):
     with pytest.raises(DataError, match=said):
         write(contents(keys))
+
+
+def test_classes_that_are_called_like_parts_of_a_set(write):
+    """Two classes of images, and folders with others beside them."""
+    assert list(write(contents(["test/1.png", "train/2.png"])).class_names) == ["test", "train"]
+    assert list(write(contents(["bus/a/1.png", "test/1.png", "train/2.png"])).class_names) == ["bus", "test", "train"]
 
 
 def test_one_class(write):
@@ -360,6 +368,20 @@ def test_the_same_name_in_two_shards_is_refused(tmp_path):
         write_samples(tmp_path / f"{shard}.tar", {"0.png": png(picture(0))})
     with pytest.raises(DataError, match=r"got 0\.png twice in "):
         sources.build("tar", path=str(tmp_path))
+
+
+def test_archives_that_are_classes(tmp_path):
+    """ImageNet's archive holds one a class, whose images have its name in front."""
+    for name in ("n01440764", "n01443537"):
+        write_samples(tmp_path / f"{name}.tar", {f"{name}_{number}.JPEG": png(picture(number)) for number in (3, 10)})
+    with pytest.raises(DataError, match=r"got .* with 2 archives, .* called after it as n01440764_10\.JPEG, and no"):
+        sources.build("tar", path=str(tmp_path))
+    write_samples(tmp_path / "x.tar", {"dataset.json": b'{"labels": null}'})
+    assert sources.build("tar", path=str(tmp_path)).labels is None
+    (tmp_path / "x.tar").unlink()
+    assert len(sources.build("tar", path=str(tmp_path / "n01440764.tar"))) == 2
+    write_samples(tmp_path / "n01443537.tar", {"other_3.png": png(picture(0))})
+    assert len(sources.build("tar", path=str(tmp_path))) == 3
 
 
 def test_a_folder_without_shards(tmp_path):
@@ -657,3 +679,21 @@ def test_kinds_are_told_from_paths(saved, tmp_path):
         sources.source_of(str(tmp_path / "x.rar"))
     with pytest.raises(DataError, match="cannot be looked at"):
         sources.source_of(str(tmp_path / "none"))
+
+
+def test_things_of_two_kinds(saved, tmp_path):
+    """A stray archive beside class folders, folders within what another kind wrote, and two kinds of archives."""
+    write_folder(tmp_path, contents([*KEYS, "apple.tar/9.png"]))
+    for name in (".backup.tar", "pear/backup.tar"):
+        write_samples(tmp_path / name, {"0.png": png(picture(0))})
+    assert sources.source_of(str(tmp_path)).manifest["name"] == "folder"
+    write_samples(tmp_path / "backup.tar", {"0.png": png(picture(0))})
+    with pytest.raises(DataError, match=r"with backup\.tar \(source tar\) and .*png \(source folder\), expected"):
+        sources.source_of(str(tmp_path))
+    assert len(sources.source_of(str(tmp_path), "folder")) == 6
+    assert len(sources.source_of(str(tmp_path / "backup.tar"))) == 1
+    (tmp_path / "both").mkdir()
+    write_idx(tmp_path / "both")
+    write_tar(tmp_path / "both", contents())
+    with pytest.raises(DataError, match="name the source that is meant: tar or idx"):
+        sources.source_of(str(tmp_path / "both"))

@@ -28,6 +28,7 @@ __all__ = [
 ]
 
 TABLE = "dataset.json"
+_SPLITS = {"train", "training", "val", "valid", "validation", "test"}  # parts of a set, and no classes
 _MOST_CLASSES = 2**20
 LABEL_BYTES = 32  # bytes of a label in a file of its own
 
@@ -72,8 +73,8 @@ def labels_of(keys: Sequence[str], table: bytes | None, where: str, *, folders: 
         folders: names of the topmost folders that are known to be there; one without images is refused.
 
     Raises:
-        DataError: no images, some in folders and others beside them, or one folder that holds folders; a table that
-            is damaged, or that does not name the same images.
+        DataError: no images, some in folders and others beside them, or one folder, or parts as train and val, that
+            hold folders; a table that is damaged, or that does not name the same images.
     """
     if not keys:
         raise DataError(f"got no images in {where}, expected some; check the path, and what their names end with")
@@ -107,6 +108,11 @@ def of_folders(keys: Sequence[str], where: str, folders: Collection[str]) -> Lab
         raise DataError(
             f"got all images of {where} below its one folder {names[0]}, which holds folders, expected class folders; "
             "set path to that folder, or root if it lies in an archive"
+        )
+    if all(name.lower() in _SPLITS for name in names) and any(key.count("/") > 1 for key in keys):
+        raise DataError(
+            f"got {where} with the folders {', '.join(names)}, which hold folders, expected class folders; set path to "
+            "the one that is meant, or root if they lie in an archive"
         )
     empty = sorted(set(folders) - set(names))
     if empty:

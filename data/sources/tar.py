@@ -92,6 +92,8 @@ class Tar(EncodedSource):
         beside = {_stem(name): name for name in inside if name.endswith(".cls")}
         if not beside or not keys:
             table = self._read(inside[TABLE], TABLE) if TABLE in inside else None
+            if table is None:
+                self._check_classes(keys, where)
             return labels_of(keys, table, where)
         stems = [_stem(key) for key in keys]
         check_repetition(sorted(stems), f"{where}, the ends of names left out")
@@ -102,6 +104,16 @@ class Tar(EncodedSource):
                 f"{without[:1]}, {len(extra)} labels without an image {extra[:1]}; pack the two together"
             )
         return numbered([self._label(inside[beside[stem]], beside[stem]) for stem in stems], where)
+
+    def _check_classes(self, keys: Sequence[str], where: str) -> None:
+        """Check that no shard is a class, as each archive within ImageNet's is, whose images have its name in front."""
+        names = [f"{shard.stem}_" for shard in self.shards]
+        if len(names) > 1 and keys and all(map(str.startswith, keys, (names[shard] for shard in self._where[:, 0]))):
+            raise DataError(
+                f"got {where} with {len(names)} archives, each of images that are called after it as {keys[0]}, and no "
+                f"labels, expected classes by folders; unpack each archive into a folder of its name, or add a {TABLE} "
+                'of {"labels": null} if they are no classes'
+            )
 
     def _label(self, place: _Place, name: str) -> int:
         label = label_in(self._read(place._replace(size=min(place.size, LABEL_BYTES + 1)), name))
@@ -115,7 +127,7 @@ class Tar(EncodedSource):
 def _shards(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
-    found = sorted(file for file in path.glob("*.tar") if not file.name.startswith("."))
+    found = sorted(file for file in path.glob("*.tar") if file.is_file() and not file.name.startswith("."))
     if not found:
         raise DataError(f"got no *.tar in {path}, expected some; check the path")
     return found
