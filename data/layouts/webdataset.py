@@ -48,7 +48,7 @@ class WebDataset(StoredLatents):
 
     Labels are whole numbers in ``key.cls``, or an entry of ``key.json``. Members of other kinds are never read, pickles
     among them. How many samples each shard has is told by an index, which is made by one pass over all shards where
-    there is none; a shard that has another number later is an error.
+    there is none; a shard that has another number later is an error, and so is one of a folder that is gone.
 
     The order is a block shuffle: shards are permuted in each epoch, and samples within windows of ``window`` shards, as
     a pure function of (seed, position). Shards are read from end to end, each once an epoch, those of the window in use
