@@ -145,7 +145,7 @@ def test_a_number_that_is_missing_on_both_sides_is_told(features):
     for num_classes in (7, 0):
         said = fast_refusal(features, num_classes=num_classes)
         assert f"got 10 files in {features / 'imagenet256_features'} with numbers up to 11" in said
-        assert "2 are missing: 3, 7; make" in said
+        assert "expected 12; make 3, 7 anew" in said
 
 
 def test_labels_that_are_there_are_compared_without_classes_as_well(features):

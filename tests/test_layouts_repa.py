@@ -235,7 +235,7 @@ def test_numbers_that_are_missing_everywhere_are_told(num_classes, tree):
     pairs = [[moment_file(number), 0] for number in (0, 2, 4)]
     (tree / "vae-sd/dataset.json").write_text(json.dumps({"labels": pairs}))
     said = refusal(tree, num_classes=num_classes)
-    assert f"got 3 files in {tree / 'vae-sd'} with numbers up to 4, of which 2 are missing: 1, 3;" in said
+    assert f"got 3 files in {tree / 'vae-sd'} with numbers up to 4, expected 5; make 1, 3 anew" in said
 
 
 def test_images_of_other_sides_are_refused(tree):

@@ -11,6 +11,7 @@ from pathline.data.layouts.stores import few, missing_below
 
 __all__ = ["check_shards"]
 
+_NAMES = "latents_rank00_shard000.safetensors, …"
 _SHARD = re.compile(r"latents_rank(\d{1,9})_shard(\d{1,9})\.safetensors")
 
 
@@ -60,5 +61,5 @@ def _by_rank(rows: Mapping[str, int], place: Path) -> dict[int, dict[int, str]]:
         elif (other := found.setdefault(int(match[1]), {}).setdefault(int(match[2]), name)) != name:
             raise DataError(f"got {name} beside {other} in {place}, expected one file a rank and shard")
     if strays:
-        raise DataError(f"got {few(strays)} in {place}, expected files {_SHARD.pattern} alone; move them elsewhere")
+        raise DataError(f"got {few(strays)} in {place}, expected files {_NAMES} alone; move them elsewhere")
     return {rank: dict(sorted(shards.items())) for rank, shards in sorted(found.items())}

@@ -67,10 +67,10 @@ def check_gaps(found: Mapping[int, str], place: Path) -> None:
         DataError: they are not; names the first numbers that are missing.
     """
     if missing := missing_below(found):
-        count = max(found) + 1 - len(found)
+        count = max(found) + 1
+        named = ", ".join(map(str, missing)) + ", …" * (count - len(found) > len(missing))
         raise DataError(
-            f"got {len(found)} files in {place} with numbers up to {max(found)}, of which {count} are missing: "
-            f"{', '.join(map(str, missing))}{', …' * (count > len(missing))}; make them anew"
+            f"got {len(found)} files in {place} with numbers up to {max(found)}, expected {count}; make {named} anew"
         )
 
 
