@@ -17,7 +17,8 @@ from pathline import data
 from pathline.core import listing
 from pathline.core.config import load, resolve
 from pathline.core.errors import CheckpointError, ConfigurationError, DataError
-from pathline.data import prepare, sources
+from pathline.data import sources
+from pathline.data.prepare import command
 from pathline.encoders import autoencoders
 from pathline.training import Trainer, checkpoints, sampling
 from pathline.training.described import Described, read_trained, samples_of
@@ -484,6 +485,13 @@ def test_released_weights_are_decoded_by_a_word(vae, parity, tmp_path):
     assert not parts.can_draw and channels == 4
     _, parts = sampling.load(path, [*words, "autoencoder=sd-vae-ft-ema", f"autoencoder.model={vae()}"])
     assert parts.images(torch.zeros(2, channels, height, width)).shape == (2, 3, 2 * height, 2 * width)
+    other = [*words, "autoencoder=sdxl-vae", f"autoencoder.model={vae('xl', scaling_factor=0.125)}"]
+    said = r"scaling.std \[5.48.* -> \[8.0.*, where weights.latent_scale tells the former"
+    with pytest.raises(ConfigurationError, match=said):
+        sampling.load(path, other)
+    assert sampling.load(path, [*other, "weights.latent_scale=0.125"])[1].can_draw
+    with pytest.raises(ConfigurationError, match="weights.latent_scale: "):
+        sampling.load(path, [*words, "weights.latent_scale=0"])
 
 
 def test_from_images_to_latents_to_samples_that_are_images(vae, tmp_path):
@@ -494,7 +502,7 @@ def test_from_images_to_latents_to_samples_that_are_images(vae, tmp_path):
         Image.fromarray(picture.numpy()).save(tmp_path / "images" / label / f"{number}.png")
     folder, packed = vae(), tmp_path / "packed"
     words = [str(tmp_path / "images"), str(packed), "--resolution", "12", "--dtype", "float32"]
-    assert prepare.main([*words, "--autoencoder", f"sd-vae-ft-ema,model={folder}"]) == 0
+    assert command.main([*words, "--autoencoder", f"sd-vae-ft-ema,model={folder}"]) == 0
     network = {**entries(tmp_path, "digits")["backbone"], "num_classes": 2}
     given = {"name": "prepared", "path": str(packed), "posterior": "mean"}
     parts = build(resolve(entries(tmp_path, given, named(folder), backbone=network)))

@@ -83,6 +83,7 @@ def test_sit_from_its_file(scale, released, parity, tmp_path):
         "family": "sit",
         "key": "ema",
         "defects": [],
+        "latent_scale": None,
         "file": "sit_sigma.pt",
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
     }

@@ -28,10 +28,12 @@ def autoencoder_problems(autoencoder: Autoencoder, dataset: Dataset) -> Iterator
         )
         return
     changed = _changes_of_latents(dataset.latents_of or {}, autoencoder.manifest)
+    source = _entry(dataset.latents_of or {}, "scaling.source")
     if changed:
+        told = f", where {source} tells the former" if source and "scaling." in " ".join(changed) else ""
         yield (
-            f"autoencoder: is another than the latents are of ({'; '.join(changed)}); give the one that made them, or "
-            "prepare the data anew"
+            f"autoencoder: is another than the latents are of ({'; '.join(changed)}{told}); give the one that made "
+            "them, or prepare the data anew"
         )
     channels = len(autoencoder.manifest["scaling"]["mean"])
     if channels != dataset.shape[0]:

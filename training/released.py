@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from torch import nn
 
 from pathline.core import overrides, weights
@@ -21,6 +21,7 @@ from pathline.training.exported import digest
 
 __all__ = ["RELEASED_WORDS", "Released", "ReleasedConfiguration", "Weights", "is_released", "read_released"]
 
+FIRST_SCALE, FIRST_CHANNELS = 0.18215, 4  # of Stable Diffusion's first autoencoders (arXiv:2112.10752)
 RELEASED_WORDS = ("weights.", "backbone.")
 
 
@@ -29,11 +30,14 @@ class Weights(Section):
 
     ``family`` names their layout where their keys do not; ``key`` one of several weights in the file, as ``model``;
     ``defects`` what their program does wrong and is to be done again, as ``three-channel-guidance``.
+    ``latent_scale`` is the factor that brought an autoencoder's latents to the network; without it, where latents have
+    four channels, that of Stable Diffusion's first ones, 0.18215, of which all published weights of these layouts are.
     """
 
     family: Text | None = None
     key: Text | None = None
     defects: tuple[Text, ...] = ()
+    latent_scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
 
 
 class Released(Weights):
@@ -57,17 +61,29 @@ class Filled:
             autoencoder is given that decodes them.
     """
 
-    def __init__(self, state: weights.State, family: WeightFamily, configuration: Configuration) -> None:
+    def __init__(
+        self, state: weights.State, family: WeightFamily, configuration: Configuration, scale: float | None
+    ) -> None:
         self.state, self.family = state, family
         shape, classes = configuration.data["shape"], configuration.data["num_classes"]
         images = shape[0] in (1, 3) and configuration.autoencoder is None
-        told = {"shape": shape, "num_classes": classes, "data_are_images": images, "latents_of": None}
+        of = None if images else _latents_of(shape[0], scale)
+        told = {"shape": shape, "num_classes": classes, "data_are_images": images, "latents_of": of}
         self.data = Described({"samples": told})
 
     def __call__(self, backbone: nn.Module) -> None:
         """Load them; raises WeightsError where they do not fit."""
         weights.load(backbone, self.state, self.family)
         backbone.eval()
+
+
+def _latents_of(channels: int, scale: float | None) -> dict[str, Any] | None:
+    """Return what is known of the autoencoder of latents: how they were scaled, if that."""
+    factor = FIRST_SCALE if scale is None and channels == FIRST_CHANNELS else scale
+    if factor is None:
+        return None
+    std = [1 / factor] * channels
+    return {"scaling": {"mean": [0.0] * channels, "std": std, "source": "weights.latent_scale"}}
 
 
 def is_released(path: Path, words: Sequence[str]) -> bool:
@@ -99,7 +115,8 @@ def read_released(path: Path, words: Sequence[str]) -> tuple[ReleasedConfigurati
     filled = resolve(_with_defects(entries, defects))
     weights.check_fit(filled.backbone, state, family)
     released = Released(**{**dict(wanted), "family": family.name, "key": key}, file=path.name, sha256=digest(path))
-    return ReleasedConfiguration(**{**dict(filled), "weights": released}), Filled(state, family, filled)
+    fill = Filled(state, family, filled, wanted.latent_scale)
+    return ReleasedConfiguration(**{**dict(filled), "weights": released}), fill
 
 
 def _checked(given: Any) -> Weights:
