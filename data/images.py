@@ -22,6 +22,7 @@ from pathline.core.errors import DataError, InputError, InputTypeError
 from pathline.data.base import Batch, Dataset, Indices, as_indices, registry
 from pathline.data.crop import CROP, centre_crop
 from pathline.data.sources import source_of
+from pathline.data.visits import flips
 
 __all__ = ["Images"]
 
@@ -102,7 +103,7 @@ class Images(Dataset):
 
     def load(self, indices: Indices, draws: BoundDraws) -> Batch:
         """Return images of type uint8, mirrored or not, labels and indices; raises as ``batch``."""
-        return self._load(as_indices(indices, len(self)), draws.uniform("flip") < 0.5 if self.flip else None)
+        return self._load(as_indices(indices, len(self)), flips(draws) if self.flip else None)
 
     def finish(self, loaded: Batch, draws: BoundDraws) -> Batch:
         """Convert loaded images to floats in [−1, 1] on the device where they are."""

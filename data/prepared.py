@@ -20,11 +20,11 @@ from pathline.data.base import Batch, Dataset, Indices, as_indices, registry
 from pathline.data.prepare.files import Files
 from pathline.data.prepare.manifest import FEATURES, FLIPPED, Features, read_manifest
 from pathline.data.prepare.statistics import Spread
+from pathline.data.visits import FLIPS, NOISE, flips, posterior_noise
 
 __all__ = ["Prepared"]
 
-FLIP, NOISE = "flip", "posterior noise"  # streams of the draws of a visit
-FLIPS = "flipped"  # of what was loaded: which images are to be mirrored
+PLACES = "places"  # of what was loaded: where each sample's rows lie, if they come in the order of several shards
 
 
 @registry.register("prepared")
@@ -104,31 +104,33 @@ class Prepared(Dataset):
 
         The noise is drawn here, and not in ``finish``: a thread then does it ahead of training.
         """
-        flipped = draws.uniform(FLIP).numpy() < 0.5 if self.flip else None
-        stored = self._stored(indices, flipped)
-        return {**stored, NOISE: draws.normal(NOISE, self.shape)} if self.draws_posterior else stored
+        stored = self._stored(indices, flips(draws).numpy() if self.flip else None)
+        return {**stored, NOISE: posterior_noise(draws, self.shape)} if self.draws_posterior else stored
 
     def finish(self, loaded: Batch, draws: BoundDraws) -> Batch:
-        """Draw latents as mean + std·noise and scale them, or bring images to [−1, 1]; mirror images."""
+        """Bring rows into order, draw latents as mean + std·noise and scale them, or bring images to [−1, 1]."""
         del draws
         return self._finished(loaded)
 
     def _stored(self, indices: Indices, flipped: NDArray[np.bool_] | None) -> Batch:
         index = as_indices(indices, len(self))
-        rows, sides = index.numpy(), None if self.data_are_images else flipped
-        stored = {
-            "data": self.files.gather(self.told.main, rows, sides),
-            "label": self.files.labels.index_select(0, index),
-        }
-        stored["index"] = index
-        if self.images:
-            stored["image"] = self.files.gather("images", rows, None)
+        found = self.files.find(index.numpy(), flipped)
+        stored = {"label": self.files.labels.index_select(0, index), "index": index}
+        stored |= {name: self.files.gather(column, found) for name, column in self._columns.items()}
         if flipped is not None and (self.data_are_images or self.images):
             stored[FLIPS] = torch.from_numpy(flipped)
-        return stored | {name: self.files.gather(name, rows, flipped) for name in self._features}
+        return stored if found.places is None else {**stored, PLACES: found.places}
+
+    @property
+    def _columns(self) -> dict[str, str]:
+        """The columns that batches are made of, by their names there."""
+        images = {"image": "images"} if self.images else {}
+        return {"data": self.told.main, **images, **{name: name for name in self._features}}
 
     def _finished(self, stored: Batch) -> Batch:
-        batch = {name: values for name, values in stored.items() if name not in (NOISE, FLIPS)}
+        batch = {name: values for name, values in stored.items() if name not in (NOISE, FLIPS, PLACES)}
+        if PLACES in stored:
+            batch |= {name: batch[name].index_select(0, stored[PLACES]) for name in self._columns}
         for name in ("data", "image") if FLIPS in stored else ():
             if name in batch and batch[name].dtype == torch.uint8:
                 batch[name] = torch.where(stored[FLIPS][:, None, None, None], batch[name].flip(3), batch[name])

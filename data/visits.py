@@ -11,9 +11,10 @@ from torch import Tensor
 
 from pathline.core.draws import BoundDraws
 
-__all__ = ["NOISE", "flips", "posterior_noise"]
+__all__ = ["FLIPS", "NOISE", "flips", "posterior_noise"]
 
-NOISE = "posterior noise"  # a stream of draws, and the name of what was drawn among what is loaded
+# names of what was drawn, among what is loaded; that of the noise is its stream's too
+FLIPS, NOISE = "flipped", "posterior noise"
 _FLIP = "flip"  # the other stream
 
 

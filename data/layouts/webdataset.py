@@ -33,12 +33,11 @@ from pathline.data.layouts.files import check_workers, read_all
 from pathline.data.layouts.shards import ARRAYS, IMAGES, Sample, expanded, name_of, samples
 from pathline.data.layouts.streams import Held
 from pathline.data.sources.keys import label_in
-from pathline.data.visits import flips
+from pathline.data.visits import FLIPS, flips
 
 __all__ = ["WebDataset"]
 
 KINDS = {"images": IMAGES, "latents": ARRAYS, "moments": ARRAYS}
-FLIPS = "flipped"  # of what was loaded: which images are to be mirrored
 _HELD = 3  # windows of a lane: in use, the next one, and a second in use where a batch lies across an end
 
 
