@@ -19,7 +19,7 @@ import pathline
 from pathline.core.config import Configuration
 from pathline.core.errors import ConfigurationError, PathlineError, ProcessError
 from pathline.training import trained
-from pathline.training.drawing import Stopped, Written, draw
+from pathline.training.drawing import Stopped, Written, check_devices, draw
 from pathline.training.names import default_name
 from pathline.training.record import Order
 from pathline.training.sweeps import Judges, Sweep, points
@@ -32,7 +32,7 @@ EXIT_CODES = f"""exit codes:
   {WRONG}    a wrong input, or a machine that cannot do it
   {LOST}   another process is gone; what is drawn is kept, and the same command goes on
   {STOPPED}   stopped by SIGINT or SIGTERM with samples in shards: the same command goes on
-  {AT_ONCE}  stopped with nothing written"""
+  {AT_ONCE}  stopped before a drawing was finished"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with _terminated_as_interrupted():
             return sweep(given) if given.sweep else sample(given)
     except KeyboardInterrupt:
-        return _say("stopped: nothing was written", AT_ONCE)
+        return _say("stopped: no drawing was finished; the same command draws it", AT_ONCE)
     except Told:
         return WRONG
     except ProcessError as error:
@@ -89,6 +89,7 @@ def sample(given: argparse.Namespace) -> int:
     cpu = time.process_time()
     weights = trained.find(Path(given.model), _warn)
     configuration, parts = trained.load(weights, given.entries)
+    check_devices(configuration.sample, configuration.sample.devices)
     settle(configuration)
     workers = Workers(configuration.sample.devices)
     output = Path(configuration.sample.output or _beside(weights) / default_name(configuration))
@@ -109,6 +110,7 @@ def sweep(given: argparse.Namespace) -> int:
         weights, given.entries, points(given.sweep), given.into or _beside(weights) / "sweep", pathline.__version__
     )
     configuration = plan.check()
+    check_devices(configuration.sample, configuration.sample.devices)
     settle(configuration)
     workers = Workers(configuration.sample.devices)
     judges = _judges(given, configuration, workers)

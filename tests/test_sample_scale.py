@@ -226,10 +226,10 @@ def test_a_signal_leaves_what_is_drawn(number, run, whole, tmp_path, monkeypatch
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def test_a_signal_before_anything_is_written(run, tmp_path, monkeypatch, capsys):
+def test_a_signal_before_a_drawing_is_finished(run, tmp_path, monkeypatch, capsys):
     stop_after(1, monkeypatch)
     assert main([str(run), "sample.count=5", f"sample.output={tmp_path / 'a.npz'}"]) == 130
-    assert "stopped: nothing was written" in capsys.readouterr().err and left(tmp_path) == []
+    assert "stopped: no drawing was finished" in capsys.readouterr().err and left(tmp_path) == []
 
 
 def test_a_signal_to_one_process_stops_all(processes, run, whole, tmp_path, monkeypatch):
@@ -384,13 +384,15 @@ def test_more_devices_than_shards(processes, run, tmp_path):
     words = [str(run), "sample.count=5", f"sample.output={tmp_path / 'a.npz'}"]
     ended = processes(2, lambda: main(words))
     assert ended.checked() == [2, 2]
-    assert "got 2 for 1 shards of 1000 samples; set sample.shard to 3 or lower" in ended.outputs[0]
+    assert "got 2 for 1 shards of 1000 samples; set sample.shard to 2 or lower" in ended.outputs[0]
     assert processes(2, lambda: main([*words, "sample.shard=3"])).checked() == [0, 0]
     assert arrays(tmp_path / "a.npz")["arr_0"].shape[0] == 5
 
 
 def test_another_number_of_devices_than_torchrun_started(processes, run, tmp_path):
-    ended = processes(2, lambda: main([str(run), "sample.devices=3", f"sample.output={tmp_path / 'a.npz'}"]))
+    ended = processes(
+        2, lambda: main([str(run), "sample.devices=3", "sample.shard=10", f"sample.output={tmp_path / 'a.npz'}"])
+    )
     assert ended.checked() == [2, 2] and "sample.devices: got 3, and torchrun started 2" in ended.outputs[0]
 
 

@@ -12,19 +12,22 @@ from typing import Any, NamedTuple
 import numpy as np
 from einops import rearrange
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pathline.core.errors import CheckpointError, ConfigurationError
+from pathline.core.sections import Natural, Number, Positive, Sample
+from pathline.metrics.results import output_of
 from pathline.training.manifest import parse
 from pathline.training.pictures import save_levels, shown
 from pathline.training.record import Order, digest
 from pathline.training.sampling import finished, moved, solved
-from pathline.training.shards import About, Shards
-from pathline.training.stored import sha256_of, write_npz, write_text
+from pathline.training.shards import PICTURE, RECORD, About, Shards
+from pathline.training.stored import check_place, clear_leftovers, remove, replacing, sha256_of, write_npz, write_text
 from pathline.training.workers import Workers
 
-__all__ = ["Stopped", "Written", "draw", "written"]
+__all__ = ["Stopped", "Written", "check_devices", "draw", "written"]
 
 
 class Stopped(Exception):
@@ -52,25 +55,25 @@ def draw(order: Order, workers: Workers) -> Written:
     there already is not drawn again.
 
     Raises:
-        ConfigurationError: more processes than shards.
-        DataError: another drawing lies where this one goes, a shard is damaged, or the disk has no room.
+        ConfigurationError: more processes than shards, too many of these, or one scale a sample of another number.
+        DataError: another drawing or a folder lies where this one goes, a shard is damaged, or the disk has no room.
+        OSError: what is to be written cannot be.
         SolverError: a sample became NaN or infinite.
         Stopped: interrupted, with some shards written.
     """
     wanted = order.configuration.sample
+    check_devices(wanted, workers.count)
+    workers.first(lambda: _prepare(order))
     if workers.count == 1 and wanted.count <= wanted.shard and wanted.shards == "join":
         return _at_once(order, workers)
-    shards = Shards(_folder(order), wanted.count, wanted.shard)
-    if len(shards.ranges) < workers.count:
-        raise ConfigurationError(
-            f"sample.devices: got {workers.count} for {len(shards.ranges)} shards of {wanted.shard} samples; set "
-            f"sample.shard to {-(-wanted.count // workers.count)} or lower"
-        )
+    shards = _shards(order)
     missing = workers.first(lambda: shards.claim(order.request, order.differences))
     try:
         if there := workers.first(lambda: written(order)):
             shards.release(remove=wanted.shards == "join" and workers.rank == 0)  # a kill may have left some
             return there
+        if wanted.shards == "keep":
+            workers.first(lambda: remove(_telling(order)))  # of shards that are drawn again
         _draw_shards(order, shards, workers, missing[workers.rank :: workers.count])
         return workers.first(lambda: _finish(order, shards, workers, missing))
     except KeyboardInterrupt as error:
@@ -84,22 +87,77 @@ def written(order: Order) -> Written | None:
     samples, _, told = _paths(order)
     try:
         record = parse(told)
-    except (OSError, CheckpointError):
+        known = _Known.model_validate(record)
+    except (OSError, CheckpointError, ValidationError):
         return None
-    whole = samples.is_dir() or (samples.is_file() and samples.stat().st_size == record.get("bytes"))
-    same = record.get("request_sha256") == digest(order.request)
-    return Written([path for path in _paths(order) if path.exists()], record, 0) if same and whole else None
+    size = samples.stat().st_size if samples.is_file() else _shards(order).bytes if samples.is_dir() else None
+    if size != known.bytes or known.request_sha256 != digest(order.request):
+        return None
+    return Written([path for path in _paths(order) if path.exists()], record, 0)
+
+
+def check_devices(wanted: Sample, devices: int) -> None:
+    """Check that there is a shard for every device; raises ConfigurationError."""
+    shards = -(-wanted.count // wanted.shard)
+    if 1 < devices and shards < devices:
+        better = (
+            f"sample.shard to {wanted.count // devices} or lower"
+            if wanted.count >= devices
+            else f"sample.devices to {wanted.count} or lower"
+        )
+        raise ConfigurationError(
+            f"sample.devices: got {devices} for {shards} shards of {wanted.shard} samples; set {better}"
+        )
+
+
+class _Named(BaseModel):
+    """A component, by its name."""
+
+    name: str
+
+
+class _Known(BaseModel):
+    """What of a record is read again."""
+
+    model_config = ConfigDict(strict=True)
+    request_sha256: str
+    samples_sha256: str
+    bytes: Natural
+    count: Positive
+    nfe: Natural
+    block_evaluations: Natural | None
+    seconds: Number
+    solver: _Named
+
+
+def _prepare(order: Order) -> None:
+    """Check, before anything is drawn, that the weights are still told of, and that all can be written."""
+    assert order.request  # kept: training may prune the checkpoint meanwhile
+    if order.configuration.sample.shards == "join":
+        clear_leftovers(_paths(order))
+        for path in _paths(order):
+            check_place(path)
+
+
+def _shards(order: Order) -> Shards:
+    return Shards(_folder(order), order.configuration.sample.count, order.configuration.sample.shard)
 
 
 def _folder(order: Order) -> Path:
     return order.output.with_suffix(".shards")
 
 
+def _telling(order: Order) -> list[Path]:
+    """Return the files that tell of samples: record, picture, and what was measured."""
+    samples, picture, told = _paths(order)
+    return [told, picture, output_of(samples)]
+
+
 def _paths(order: Order) -> tuple[Path, Path, Path]:
     """Return where samples, picture and record go."""
     if order.configuration.sample.shards == "keep":
         folder = _folder(order)
-        return folder, folder / "picture.png", folder / "record.json"
+        return folder, folder / PICTURE, folder / RECORD
     return order.output, order.output.with_suffix(".png"), order.output.with_suffix(".json")
 
 
@@ -166,7 +224,9 @@ def _finish(order: Order, shards: Shards, workers: Workers, missing: list[int]) 
     blocks = [about.block_evaluations for about in spent if about.block_evaluations is not None]
     total = About(max(about.nfe for about in spent), max(blocks, default=None), sum(about.seconds for about in spent))
     labelled = order.labelled
-    pieces = (shards.read(n, order.labels(shards.ranges[n]) if labelled else None) for n in numbers)
+    pieces = shards.read_all(
+        lambda ids: order.labels(ids) if labelled else None, np.uint8 if order.parts.can_draw else np.float32
+    )
     result = _write(order, pieces, total, workers, sum(len(shards.ranges[number]) for number in missing))
     shards.release(remove=order.configuration.sample.shards == "join")
     return result
@@ -179,10 +239,11 @@ def _write(order: Order, pieces: Iterable[NDArray[Any]], spent: About, workers: 
     seen = _Shown(count, labels)
     passing = seen.passing(pieces) if order.parts.can_draw else iter(pieces)
     if path == order.output:
-        sha256 = write_npz(path, passing, count, None if labels is None else labels.numpy())
+        older = _telling(order)
+        sha256 = write_npz(path, passing, count, None if labels is None else labels.numpy(), older=older)
         size = path.stat().st_size
     else:
-        sha256, size = sha256_of(passing), sum(file.stat().st_size for file in path.glob("shard-*.npz"))
+        sha256, size = sha256_of(passing), _shards(order).bytes or 0
     if order.parts.can_draw:
         seen.save(picture)
     record = {**order.record(spent, workers.count, workers.device), "samples_sha256": sha256, "bytes": size}
@@ -210,4 +271,5 @@ class _Shown:
 
     def save(self, path: Path) -> None:
         """Write the picture."""
-        save_levels(path, np.stack(self.images), None if self.labels is None else self.labels[self.numbers])
+        with replacing(path) as file:
+            save_levels(file, np.stack(self.images), None if self.labels is None else self.labels[self.numbers])

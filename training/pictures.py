@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -71,9 +72,10 @@ def save_grid(path: Path, x: Tensor, labels: Tensor | None) -> None:
     save_levels(path, to_uint8(x), labels)
 
 
-def save_levels(path: Path, images: NDArray[np.uint8], labels: Tensor | None) -> None:
+def save_levels(place: Path | IO[bytes], images: NDArray[np.uint8], labels: Tensor | None) -> None:
     """Write images (N, H, W, C) of one or three channels as one PNG, small ones enlarged to 32 pixels a side."""
     sheet = grid(images, labels)
     scale = max(1, -(-SMALLEST // images.shape[1]))
     picture = Image.fromarray(sheet[..., 0] if sheet.shape[2] == 1 else sheet)
-    picture.resize((sheet.shape[1] * scale, sheet.shape[0] * scale), Image.Resampling.NEAREST).save(path)
+    larger = picture.resize((sheet.shape[1] * scale, sheet.shape[0] * scale), Image.Resampling.NEAREST)
+    larger.save(place, format="PNG")

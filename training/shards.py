@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import fcntl
-import glob
 import json
 import os
+import re
 import shutil
 import socket
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor
 
-from pathline.core.errors import CheckpointError, DataError
+from pathline.core.errors import CheckpointError, ConfigurationError, DataError
+from pathline.data.layouts.arrays import read_array
 from pathline.training.manifest import make_folder, parse
-from pathline.training.stored import LEFTOVER, write_npz, write_text
+from pathline.training.stored import clear_leftovers, leftover_of, write_npz, write_text
 
-__all__ = ["About", "Shards"]
+__all__ = ["PICTURE", "RECORD", "About", "Shards"]
 
 FORMAT = 1
-JOURNAL, LOCK, STOP = "journal.json", ".lock", ".stop"
+JOURNAL, LOCK, STOP, RECORD, PICTURE = "journal.json", ".lock", ".stop", "record.json", "picture.png"
+MOST = 100_000  # shards
+_SHARD = re.compile(r"shard-[0-9]{5}\.(npz|json)")
+_Natural = Annotated[int, Field(ge=0, strict=True)]
 
 
 class About(NamedTuple):
@@ -37,10 +43,13 @@ class About(NamedTuple):
         bytes: of the file.
     """
 
-    nfe: int
-    block_evaluations: int | None
-    seconds: float
-    bytes: int = 0
+    nfe: _Natural
+    block_evaluations: _Natural | None
+    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)]
+    bytes: _Natural = 0
+
+
+_ABOUT = TypeAdapter(About)
 
 
 class Shards:
@@ -52,10 +61,18 @@ class Shards:
         folder: of the shards.
         count: number of samples.
         size: samples a shard; the last has what is left.
+
+    Raises:
+        ConfigurationError: too many shards.
     """
 
     def __init__(self, folder: Path, count: int, size: int) -> None:
         self.folder = folder
+        if -(-count // size) > MOST:
+            raise ConfigurationError(
+                f"sample.shard: got {size} for {count} samples, which are more than {MOST:,} shards; set it to "
+                f"{-(-count // MOST)} or more"
+            )
         self.ranges = [range(first, min(first + size, count)) for first in range(0, count, size)]
         self._lock = -1  # of no file
 
@@ -67,10 +84,17 @@ class Shards:
             differences: tells, given an older request, in what it is another one; no words if it is the same.
 
         Raises:
-            DataError: another drawing is here, finished or not, or files that are none; or another process is drawing.
+            DataError: another drawing is here, finished or not, or files of something else; or another process is
+                drawing.
             OSError: the folder cannot be made or written to.
         """
-        make_folder(self.folder)
+        make_folder(self.folder.absolute())
+        foreign = sorted(path.name for path in self.folder.iterdir() if not _is_own(path))
+        if foreign:
+            raise DataError(
+                f"got {self.folder} with {', '.join(foreign[:3])} in it, which no drawing wrote; move it elsewhere, or "
+                "name another sample.output"
+            )
         self._claim()
         journal = self.folder / JOURNAL
         try:
@@ -78,9 +102,7 @@ class Shards:
         except BaseException:
             self.release()
             raise
-        outputs = f"{LEFTOVER}{glob.escape(self.folder.stem)}.*"
-        for path in (*self.folder.glob(f"{LEFTOVER}*"), *self.folder.parent.glob(outputs)):
-            path.unlink()
+        clear_leftovers([path.with_name(leftover_of(path.name) or path.name) for path in self.folder.iterdir()])
         (self.folder / STOP).unlink(missing_ok=True)
         write_text(journal, json.dumps({"format": FORMAT, "request": request}, indent=1))
         return [number for number in range(len(self.ranges)) if self.about(number) is None]
@@ -89,16 +111,15 @@ class Shards:
         """Return what is told of a shard; None if it is not there, or not whole."""
         told, path = self._paths(number)
         try:
-            about = About(**parse(told))
+            about = _ABOUT.validate_python(parse(told))
             return about if path.stat().st_size == about.bytes else None
-        except (OSError, CheckpointError, TypeError):
+        except (OSError, CheckpointError, ValidationError):
             return None
 
     def write(self, number: int, samples: NDArray[Any], labels: Tensor | None, about: About) -> None:
         """Write a shard; it is there when it is whole."""
         told, path = self._paths(number)
-        told.unlink(missing_ok=True)
-        write_npz(path, [samples], len(samples), None if labels is None else labels.numpy())
+        write_npz(path, [samples], len(samples), None if labels is None else labels.numpy(), older=[told])
         write_text(told, json.dumps(about._replace(bytes=path.stat().st_size)._asdict()))
 
     def check_room(self, number: int, *, joined: bool) -> None:
@@ -118,20 +139,45 @@ class Shards:
                 f"{', or set sample.shards to keep' * joined}"
             )
 
-    def read(self, number: int, labels: Tensor | None) -> NDArray[Any]:
+    def read(self, number: int, labels: Tensor | None, dtype: type[np.generic]) -> NDArray[Any]:
         """Return the samples of a shard.
 
+        Args:
+            number: of the shard.
+            labels: that it must have.
+            dtype: that its samples must have.
+
         Raises:
-            DataError: it is damaged, or of other labels; it is then left aside, and is missing.
+            DataError: it is damaged, or of other labels or samples; it is then left aside, and is missing.
         """
         told, path = self._paths(number)
         try:
-            return _read(path, len(self.ranges[number]), labels)
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:  # the last of a wrong sum, too
+            return _read(path, len(self.ranges[number]), labels, dtype)
+        except (OSError, ValueError, KeyError, RuntimeError, EOFError, zipfile.BadZipFile) as error:  # of a wrong sum
             told.unlink(missing_ok=True)
             raise DataError(
                 f"got {path}, which is damaged ({error}); give the same command again, which draws it anew"
             ) from error
+
+    def read_all(self, labels: Callable[[range], Tensor | None], dtype: type[np.generic]) -> Iterator[NDArray[Any]]:
+        """Yield the samples of all shards in turn.
+
+        Raises:
+            DataError: as ``read`` does, or shards of different shapes; these are then left aside, and are missing.
+        """
+        shape: tuple[int, ...] | None = None
+        for number, ids in enumerate(self.ranges):
+            samples = self.read(number, labels(ids), dtype)
+            if samples.shape[1:] != (shape or samples.shape[1:]):
+                paths = [self._paths(other) for other in (0, number)]
+                for told, _ in paths:
+                    told.unlink(missing_ok=True)
+                raise DataError(
+                    f"got samples {samples.shape[1:]} in {paths[1][1]} and {shape} in {paths[0][1]}; give the same "
+                    "command again, which draws both anew"
+                )
+            shape = samples.shape[1:]
+            yield samples
 
     def stop(self) -> None:
         """Ask all processes to leave after the batch that they are at."""
@@ -147,12 +193,24 @@ class Shards:
         """Number of samples in the shards that are there."""
         return sum(len(ids) for number, ids in enumerate(self.ranges) if self.about(number) is not None)
 
+    @property
+    def bytes(self) -> int | None:
+        """Of all shards together; None if one is missing."""
+        found = [self.about(number) for number in range(len(self.ranges))]
+        sizes = [about.bytes for about in found if about is not None]
+        return sum(sizes) if len(sizes) == len(found) else None
+
     def release(self, *, remove: bool = False) -> None:
-        """Let others draw here; or remove the folder, the journal last, so that a kill meanwhile does no harm."""
+        """Let others draw here; or remove the folder, the journal last, so that a kill meanwhile does no harm.
+
+        What is not a drawing's stays, with its folder, as does one that is a link.
+        """
         if remove:
-            for path in self.folder.glob("shard-*"):
-                path.unlink()
-            shutil.rmtree(self.folder)
+            last = (self.folder / JOURNAL, self.folder / LOCK)
+            for path in (*(path for path in self.folder.iterdir() if _is_own(path) and path not in last), *last):
+                path.unlink(missing_ok=True)
+            with suppress(OSError):
+                self.folder.rmdir()
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
@@ -200,13 +258,28 @@ class Shards:
             )
 
 
-def _read(path: Path, count: int, labels: Tensor | None) -> NDArray[Any]:
-    """Return the samples of a shard; raises ValueError, as numpy does, unless they are ``count`` with these labels."""
-    with np.load(path, allow_pickle=False) as arrays:
-        samples: NDArray[Any] = arrays["arr_0"]
-        theirs = arrays["arr_1"] if "arr_1" in arrays else None
-    if samples.shape[:1] != (count,) or (theirs is None) != (labels is None):
+def _is_own(path: Path) -> bool:
+    """Whether a file in a folder of shards is a drawing's, by its name."""
+    name = leftover_of(path.name) or path.name
+    known = name in (JOURNAL, LOCK, STOP, RECORD, PICTURE) or _SHARD.fullmatch(name) is not None
+    return known and not path.is_dir()
+
+
+def _read(path: Path, count: int, labels: Tensor | None, dtype: type[np.generic]) -> NDArray[Any]:
+    """Return the samples of a shard; raises, as zipfile does or ValueError, unless they are such with these labels."""
+    with zipfile.ZipFile(path) as archive:
+        samples = _array(archive, "arr_0.npy", path, dtype)
+        theirs = _array(archive, "arr_1.npy", path, np.int64) if "arr_1.npy" in archive.namelist() else None
+    if samples.ndim != 4 or len(samples) != count or (theirs is None) != (labels is None):
         raise ValueError(f"arrays {samples.shape}, {'no ' * (theirs is None)}labels")
     if theirs is not None and labels is not None and not np.array_equal(theirs, labels.numpy()):
         raise ValueError("other labels")
     return samples
+
+
+def _array(archive: zipfile.ZipFile, name: str, path: Path, dtype: type[np.generic]) -> NDArray[Any]:
+    """Return a member, which is not compressed, so that it is no larger than the file."""
+    info = archive.getinfo(name)
+    if info.compress_type != zipfile.ZIP_STORED or info.file_size > path.stat().st_size:
+        raise ValueError(f"{name} is compressed or forged")
+    return read_array(archive.read(info), name, (np.dtype(dtype).str,))

@@ -20,7 +20,7 @@ from pathline.core.foreign import PICKLED
 from pathline.data import Dataset
 from pathline.training import checkpoints
 from pathline.training.described import Described, read_trained
-from pathline.training.exported import load_exported
+from pathline.training.exported import load_exported, read_record
 from pathline.training.latents import SHAPED, changes_of_samples
 from pathline.training.manifest import SUFFIX, parse
 from pathline.training.parts import Parts, build
@@ -34,6 +34,7 @@ _WORDS = (
     "solver=",
     "guidance.",
     "guidance=",
+    "train.accelerator=",
     "train.threads=",
     "train.tf32=",
     "data.",
@@ -72,7 +73,12 @@ def load(path: Path, words: Sequence[str]) -> tuple[Configuration, Parts]:
         fill, data = filled, filled.data
     else:
         trained = read_trained(path)
-        configuration = resolve(overrides.apply(trained.configuration.model_dump(mode="json"), words))
+        entries = trained.configuration.model_dump(mode="json")
+        if path.is_file():  # of one average, whatever was chosen in training
+            entries["sample"]["average"] = None
+        configuration = resolve(overrides.apply(entries, words))
+        if path.is_file():
+            _check_average(path, configuration)
         fill = partial(_load_average, path=path, configuration=configuration)
         data = trained.data
     configuration, loaded = _with_weak_models(configuration, data)
@@ -81,6 +87,15 @@ def load(path: Path, words: Sequence[str]) -> tuple[Configuration, Parts]:
         parts = replace(parts, dataset=_named_data(configuration, data))
     fill(parts.backbone)
     return configuration, parts
+
+
+def _check_average(path: Path, configuration: Configuration) -> None:
+    """Raise ConfigurationError if the configuration asks for another average than a file of weights holds."""
+    asked, held = configuration.sample.average, read_record(path).get("average")
+    if asked not in (None, held):
+        raise ConfigurationError(
+            f"sample.average: got {asked!r}, and {path} holds {held!r} alone; leave it out, or give the run's folder"
+        )
 
 
 def _named_data(configuration: Configuration, trained: Described) -> Dataset:
@@ -179,9 +194,16 @@ def average_of(configuration: Configuration) -> str:
 
 
 def identity(path: Path, average: str | None = None) -> dict[str, str]:
-    """Return the name of a checkpoint or file, its average's (None: the first), and the hash of that one's files."""
+    """Return the name of a checkpoint or file, its average's (None: the first), and the hash of that one's files.
+
+    Raises:
+        CheckpointError: it is gone, or damaged.
+    """
     if path.is_file():
         record = parse(path.with_suffix(".json"))
         return {"name": path.name, "average": str(record.get("average")), "weights_sha256": str(record["sha256"])}
     average = average or average_of(read_trained(path).configuration)
-    return {"name": path.name, "average": average, "weights_sha256": checkpoints.hash_of(path, average)}
+    try:
+        return {"name": path.name, "average": average, "weights_sha256": checkpoints.hash_of(path, average)}
+    except CheckpointError as error:  # as of one that training pruned meanwhile
+        raise CheckpointError(f"got {error} in {path}; give a checkpoint that stays") from error
