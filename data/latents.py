@@ -64,7 +64,7 @@ class Latents(Dataset):
         if num_classes < 0 or not 0 < scale < math.inf:
             raise InputError(f"got num_classes {num_classes}, scale {scale}; expected 0 or more, and a scale above 0")
         self.num_classes, self.scale, self.images = num_classes, float(scale), images
-        self.files = tuple(read(file, num_classes, images) for file in files_in(Path(path)))
+        self.files = tuple(read(file, num_classes, images) for file in files_in(Path(path).expanduser()))
         first = self.files[0]
         for other in self.files:
             if other.sample != first.sample:

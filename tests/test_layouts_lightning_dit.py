@@ -358,6 +358,14 @@ def test_a_name_with_a_number_beyond_all_measure_costs_nothing(tmp_path):
     assert "and " in said(tmp_path) and "without latents_rank02_shard*" in said(tmp_path)
 
 
+def test_a_path_may_begin_with_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    whole(tmp_path)
+    for given in ("lightning-dit", "latents"):
+        options = {"normalise": False} if given == "lightning-dit" else {}
+        assert len(data.build(given, path=f"~/{tmp_path.name}", num_classes=7, **options)) == 21
+
+
 def test_one_file_may_be_asked_for_by_its_path(tmp_path):
     whole(tmp_path)
     assert length(tmp_path / name(1, 2)) == 2

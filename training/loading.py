@@ -18,7 +18,7 @@ from pathline.data import Batch, Dataset
 __all__ = ["Loader", "Stream", "Visit"]
 
 AHEAD = 2  # visits that are loaded before they are asked for
-_PATIENCE = 5.0  # seconds that a load under way has to end in when the loader is closed
+_PATIENCE = 2.0  # seconds that a load under way has to end in when the loader is closed
 
 
 class Visit(NamedTuple):
