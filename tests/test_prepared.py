@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import pickle
 import shutil
 from pathlib import Path
 
@@ -100,10 +101,30 @@ def test_a_visit_draws_side_and_latent(folder):
 
 
 def test_what_is_loaded_is_as_it_is_stored(folder):
-    loaded = build(folder, images=True).load(ASKED, Draws(0).at(range(8)))
-    assert loaded["data"].dtype == torch.float16 and loaded["data"].shape == (8, 4, 5, 5)
-    assert loaded["image"].dtype == torch.uint8
-    assert build(folder, posterior="mean").load(ASKED, Draws(0).at(range(8))).keys() == {"data", "label", "index"}
+    """Shard by shard, with the places that put rows into order; without them where one shard holds all."""
+    loaded = build(folder, images=True, flip=False).load(ASKED, Draws(0).at(range(8)))
+    assert loaded["data"].dtype == torch.float16 and loaded["image"].dtype == torch.uint8
+    assert sorted(loaded["places"].tolist()) == list(range(8)) and loaded["places"].dtype == torch.int64
+    for name, column in (("data", "moments"), ("image", "images")):
+        assert torch.equal(loaded[name], rows(folder, column)[sorted(ASKED)])
+        assert torch.equal(loaded[name][loaded["places"]], rows(folder, column)[ASKED])
+    assert loaded["index"].tolist() == ASKED
+    loaded = build(folder, posterior="mean").load(ASKED, Draws(0).at(range(8)))
+    assert loaded.keys() == {"data", "label", "index", "places"}
+
+
+def test_rows_of_one_shard_come_in_the_order_asked_for(tmp_path):
+    prepare(Pictures(7), tmp_path, Options(R))
+    loaded = build(tmp_path).load([5, 0, 5, 6], Draws(0).at(range(4)))
+    assert "places" not in loaded and torch.equal(loaded["data"], rows(tmp_path, "images")[[5, 0, 5, 6]])
+
+
+def test_another_process_gets_no_copy_of_the_shards(folder):
+    """It maps them itself."""
+    dataset = build(folder, images=True)
+    content = pickle.dumps(dataset)
+    assert len(content) < 8000 < sum(path.stat().st_size for path in folder.glob("shard-*"))
+    assert torch.equal(visit(pickle.loads(content), ASKED)["data"], visit(dataset, ASKED)["data"])
 
 
 def test_options_leave_chance_out(folder):

@@ -14,11 +14,8 @@ from torch import Tensor
 from pathline.core.draws import send
 from pathline.core.errors import InputError
 from pathline.data.prepare.manifest import FEATURES, FLIPPED, Column
-from pathline.data.prepare.shards import column_of
 
 __all__ = ["Encoding"]
-
-TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 class Encoding:
@@ -45,13 +42,13 @@ class Encoding:
         device: torch.device,
     ) -> None:
         self.moments, self.encoders, self.flip, self.images = moments, encoders, flip, images
-        self.dtype, self.device = TYPES[dtype], device
+        self.dtype, self.device = getattr(torch, dtype), device
         self.kind: Literal["moments", "mean", "images"] = "images"
 
     def columns(self, resolution: int, *, labels: bool) -> dict[str, Column]:
         """Return the columns of images of a resolution, by encoding a black one; the largest comes first."""
         blank = torch.zeros(1, 3, resolution, resolution, dtype=torch.uint8)
-        columns = {name: column_of(rows) for name, rows in self(blank).items()}
+        columns = {name: Column.of(rows) for name, rows in self(blank).items()}
         number = Column(dtype="I64", shape=[])
         numbers = {"labels": number, "index": number} if labels else {"index": number}
         if self.moments is not None and self.images:  # bytes last, so that the others begin where their types may

@@ -6,7 +6,9 @@ N rows that are asked for, n rows of a shard.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,17 +19,26 @@ from pathline.core.errors import DataError
 from pathline.data.packed import Mapped, hash_of
 from pathline.data.prepare.manifest import FLIPPED, FORMAT, MANIFEST, Manifest, Shard
 
-__all__ = ["Files"]
+__all__ = ["Files", "Found"]
 
 ALIGNED = 64  # bytes: where tensors begin
-TYPES = {
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "U8": torch.uint8,
-    "I64": torch.int64,
-}
-Parts = list[NDArray[np.uint8]]  # of each shard, (n, bytes of a row)
+
+
+class Found(NamedTuple):
+    """Where the rows lie that are asked for, shard by shard and in their order there.
+
+    Attributes:
+        ends: of each shard, how many of them lie in it and in those before.
+        rows: (N,) their numbers in their shards.
+        sides: (N,) the same where a column is stored of mirror images as well, which lie behind all others.
+        places: (N,) int64: the row that was asked for as the i-th is the places[i]-th; None if they lie in one shard,
+            and are left in the order in which they were asked for.
+    """
+
+    ends: list[int]
+    rows: NDArray[np.int64]
+    sides: NDArray[np.int64]
+    places: Tensor | None
 
 
 class Files:
@@ -48,12 +59,10 @@ class Files:
     def __init__(self, folder: Path, manifest: Manifest, *, verify: bool) -> None:
         self.folder, self.manifest = folder, manifest
         self._check_names()
-        mapped = [self._opened(shard, verify) for shard in manifest.shards]
+        for shard in manifest.shards:
+            self._check_file(shard, verify)
         self._counts = np.array([shard.rows for shard in manifest.shards])
         self._ends = np.cumsum(self._counts)
-        self._starts = self._ends - self._counts
-        names = [name for name in manifest.columns if not name.endswith(FLIPPED)]
-        self._parts = {name: list(self._rows(mapped, name)) for name in names}
         self._check_index()
         self.labels = self._numbers("labels") if manifest.class_names else torch.zeros(manifest.count).long()
         if not 0 <= int(self.labels.min()) <= int(self.labels.max()) < max(len(manifest.class_names), 1):
@@ -62,23 +71,53 @@ class Files:
                 f"{len(manifest.class_names) - 1}; prepare the data again"
             )
 
-    def gather(self, name: str, index: NDArray[np.int64], flipped: NDArray[np.bool_] | None) -> Tensor:
-        """Return a copy of rows of a column, (N, …).
+    def find(self, index: NDArray[np.int64], flipped: NDArray[np.bool_] | None) -> Found:
+        """Return where rows lie.
 
         Args:
-            name: of the column.
             index: (N,) of existing rows.
-            flipped: (N,) of which rows the column of mirror images is meant; None of none.
+            flipped: (N,) of which the mirror image is meant, in columns that have it; None of none.
         """
-        column, parts = self.manifest.columns[name], self._parts[name]
-        gathered = torch.empty(len(index), *column.shape, dtype=TYPES[column.dtype])
-        holders = np.searchsorted(self._ends, index, side="right")
-        rows = index - self._starts[holders]
-        if flipped is not None:  # mirror images lie behind all others of their shard
-            rows += self._counts[holders] * flipped
-        if len(index):
-            _take(parts, holders, rows, gathered.flatten(1).view(torch.uint8).numpy())
+        counts, places = self._counts, None
+        if len(counts) > 1:
+            order = np.argsort(index)  # rows are counted through the shards
+            index, flipped = index[order], None if flipped is None else flipped[order]
+            places = torch.empty(len(order), dtype=torch.int64)
+            places.numpy()[order] = np.arange(len(order))
+            ends = np.searchsorted(index, self._ends)
+        else:
+            ends = np.array([len(index)])
+        holding = np.diff(ends, prepend=0)
+        rows = index - np.repeat(self._ends - counts, holding)
+        sides = rows if flipped is None else rows + np.repeat(counts, holding) * flipped
+        return Found(ends.tolist(), rows, sides, places)
+
+    def gather(self, name: str, found: Found) -> Tensor:
+        """Return a copy of rows of a column, (N, …), in the order in which they were found.
+
+        That is one copy, whatever the number of shards; to put them into the order in which they were asked for is
+        left to the device.
+        """
+        column, begin = self.manifest.columns[name], 0
+        gathered = torch.empty(len(found.rows), *column.shape, dtype=column.type)
+        to = gathered.flatten(1).view(torch.uint8).numpy()
+        rows = found.sides if name + FLIPPED in self.manifest.columns else found.rows
+        for part, end in zip(self._parts[name], found.ends, strict=True):
+            if end > begin:  # "clip" is the mode in which nothing is copied twice
+                np.take(part, rows[begin:end], axis=0, out=to[begin:end], mode="clip")
+            begin = end
         return gathered
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what another process needs: it maps the shards by itself."""
+        return {name: value for name, value in self.__dict__.items() if name != "_parts"}
+
+    @cached_property
+    def _parts(self) -> dict[str, list[NDArray[np.uint8]]]:
+        """Of each column the rows of each shard, (n, bytes of a row), mapped."""
+        mapped = [self._opened(shard) for shard in self.manifest.shards]
+        names = [name for name in self.manifest.columns if not name.endswith(FLIPPED)]
+        return {name: list(self._rows(mapped, name)) for name in names}
 
     def _check_names(self) -> None:
         wanted = {shard.file for shard in self.manifest.shards}
@@ -90,7 +129,7 @@ class Files:
                     "copy the folder again, or prepare the data again"
                 )
 
-    def _opened(self, shard: Shard, verify: bool) -> Mapped:
+    def _check_file(self, shard: Shard, verify: bool) -> None:
         path = self.folder / shard.file
         if path.is_symlink() or not path.is_file():
             raise DataError(f"got {path}, which is no file, expected a shard; copy the folder again")
@@ -98,6 +137,9 @@ class Files:
         if size != shard.bytes or (verify and hash_of(path) != shard.sha256):
             what = f"{size} bytes, expected {shard.bytes}" if size != shard.bytes else "other contents than its hash"
             raise DataError(f"got {path} with {what}; copy the folder again, or prepare the data again")
+
+    def _opened(self, shard: Shard) -> Mapped:
+        path = self.folder / shard.file
         file = Mapped(path)
         if file.start % ALIGNED or file.metadata.get("format") != FORMAT or file.keys != self.manifest.columns.keys():
             raise DataError(
@@ -110,7 +152,7 @@ class Files:
         """Yield the bytes of a column of each shard, one row a sample, and behind them those of its mirror images."""
         column, both = self.manifest.columns[name], name + FLIPPED in self.manifest.columns
         for file, shard in zip(mapped, self.manifest.shards, strict=True):
-            types: dict[str, torch.dtype] = {column.dtype: TYPES[column.dtype]}
+            types = {column.dtype: column.type}
             for key in (name, name + FLIPPED) if both else (name,):
                 _, shape, _ = file.tensor(key, types)
                 if shape != (shard.rows, *column.shape):
@@ -134,22 +176,3 @@ class Files:
                 f"got numbers of images in {self.folder} that do not rise from row to row: some would be there twice; "
                 "prepare the data again"
             )
-
-
-def _take(parts: Parts, holders: NDArray[np.int64], rows: NDArray[np.int64], to: NDArray[np.uint8]) -> None:
-    """Copy rows of the parts that hold them; out of several parts, each is read in its own order.
-
-    Rows of one part go where they belong at once. Those of several lie by parts at first: that is a second copy, of
-    what the cache holds.
-    """
-    if holders.min() == holders.max():
-        np.take(parts[holders[0]], rows, axis=0, out=to, mode="clip")  # the mode in which nothing is copied twice
-        return
-    order = np.lexsort((rows, holders))
-    numbers, firsts = np.unique(holders[order], return_index=True)
-    sorted_rows, buffer = rows[order], np.empty_like(to)
-    for number, first, end in zip(numbers, firsts, (*firsts[1:], len(rows)), strict=True):
-        np.take(parts[number], sorted_rows[first:end], axis=0, out=buffer[first:end], mode="clip")
-    places = np.empty_like(order)
-    places[order] = np.arange(len(order))
-    np.take(buffer, places, axis=0, out=to, mode="clip")

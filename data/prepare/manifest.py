@@ -12,14 +12,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, NamedTuple, TypeVar
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
 
 from pathline.core.errors import DataError
+from pathline.data.packed import BYTES, FLOATS, INTEGERS
 
 __all__ = [
     "FEATURES",
     "FLIPPED",
     "FORMAT",
+    "MAIN",
     "MANIFEST",
     "MOMENTS",
     "Channels",
@@ -40,7 +44,10 @@ MANIFEST = "manifest.json"
 MOMENTS: Final = "mean, std"  # what the halves of ``moments`` are
 FLIPPED = "_flip"  # end of the name of a column of mirror images
 FEATURES = "features_"  # beginning of the name of a column of an encoder's tokens
+MAIN: Final = {"moments": "moments", "mean": "latents", "images": "images"}  # the column of data of each kind
 _LIMIT = 2**26  # bytes of a manifest
+_TYPES = {**FLOATS, **INTEGERS, **BYTES}
+_NAMES = {type: name for name, type in _TYPES.items()}
 Natural = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 Hash = Annotated[str, Field(pattern=r"[0-9a-f]{64}")]
@@ -57,10 +64,20 @@ class Column(_Strict):
     dtype: Literal["F16", "BF16", "F32", "U8", "I64"]
     shape: list[Positive]
 
+    @classmethod
+    def of(cls, rows: Tensor) -> Column:
+        """Return what is told of rows (n, …)."""
+        return cls.model_validate({"dtype": _NAMES[rows.dtype], "shape": list(rows.shape[1:])})
+
+    @property
+    def type(self) -> torch.dtype:
+        """Type of the values."""
+        return _TYPES[self.dtype]
+
     @property
     def bytes(self) -> int:
         """Size of a row."""
-        return {"F16": 2, "BF16": 2, "F32": 4, "U8": 1, "I64": 8}[self.dtype] * math.prod(self.shape)
+        return self.type.itemsize * math.prod(self.shape)
 
 
 class Shard(_Strict):
@@ -176,7 +193,7 @@ class Manifest(_Strict):
     @property
     def main(self) -> str:
         """Name of the column of data."""
-        return {"moments": "moments", "mean": "latents", "images": "images"}[self.latent_kind]
+        return MAIN[self.latent_kind]
 
     @property
     def scaling(self) -> Scaling | None:

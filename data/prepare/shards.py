@@ -36,13 +36,12 @@ from pathline.data.prepare.manifest import (
 )
 from pathline.data.prepare.statistics import Spread
 
-__all__ = ["Folder", "Record", "ShardFile", "column_of"]
+__all__ = ["Folder", "Record", "ShardFile"]
 
 ALIGNED = 64  # bytes: where the tensors of a file begin
 JOURNAL, PLAN, LOCK = "journal", "plan.json", "lock"
 UNFINISHED = ".writing-"  # beginning of the names of what is being written
 _COPIED = 2**24  # bytes moved at once
-_NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.uint8: "U8", torch.int64: "I64"}
 
 
 class Record(BaseModel):
@@ -52,11 +51,6 @@ class Record(BaseModel):
     shard: Shard
     dropped: list[Dropped]
     statistics: dict[str, Spread]
-
-
-def column_of(rows: Tensor) -> Column:
-    """Return what the manifest tells of a tensor of rows (n, …)."""
-    return Column.model_validate({"dtype": _NAMES[rows.dtype], "shape": list(rows.shape[1:])})
 
 
 class ShardFile:
@@ -90,7 +84,7 @@ class ShardFile:
         for name, column in self.columns.items():
             rows = parts[name].contiguous()
             count = len(rows)
-            assert column_of(rows) == column and self.rows + count <= self.most
+            assert Column.of(rows) == column and self.rows + count <= self.most
             self._file.seek(begins[name] + self.rows * column.bytes)
             self._file.write(rows.reshape(-1).view(torch.uint8).numpy().data)
         self.rows += count

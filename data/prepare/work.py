@@ -24,6 +24,7 @@ from pathline.data.prepare.images import Decoder
 from pathline.data.prepare.manifest import (
     FLIPPED,
     FORMAT,
+    MAIN,
     MANIFEST,
     MOMENTS,
     Column,
@@ -38,8 +39,6 @@ from pathline.data.prepare.statistics import Spread
 from pathline.data.sources import ImageSource
 
 __all__ = ["Work"]
-
-MAIN = {"moments": "moments", "mean": "latents", "images": "images"}
 
 
 class Work:
