@@ -314,7 +314,130 @@ def test_sparse_members(tmp_path):
     content[148:156] = b" " * 8
     content[148:156] = b"%06o\0 " % sum(content[:512])
     file.write_bytes(content)
-    assert "a link, a device or sparse" in refusal("tar", file)
+    assert "a.png is sparse" in refusal("tar", file)
+
+
+def tar_header(kind: bytes, size: int, name: str = "x") -> bytes:
+    """A header in the form of GNU tar, whose size may have any sign."""
+    info = tarfile.TarInfo(name)
+    info.type, info.size = kind, size
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+def packed(kind: str, path: Path, start: bytes, block: bytes, count: int) -> Path:
+    """A file of few bytes on the disk that begins so and goes on with copies of a block: with holes, or compressed."""
+    file = path / "x.tar.gz" if kind == "cifar" else path / "x.tar"
+    if kind == "cifar":
+        with gzip.open(file, "wb", 1) as opened:
+            opened.write(start)
+            for _ in range(count):
+                opened.write(block)
+    else:
+        file.write_bytes(start + block)
+        os.truncate(file, len(start) + len(block) * count)
+    return file
+
+
+EXTENDING = {
+    "pax": tarfile.XHDTYPE,
+    "pax of Solaris": tarfile.SOLARIS_XHDTYPE,
+    "pax of all": tarfile.XGLTYPE,
+    "long name": tarfile.GNUTYPE_LONGNAME,
+    "long link": tarfile.GNUTYPE_LONGLINK,
+}
+
+
+@pytest.mark.parametrize("kind", ["tar", "cifar"])
+@pytest.mark.parametrize("extending", EXTENDING)
+@pytest.mark.parametrize("size", [2**26, 2**16 + 1, -512])
+def test_headers_that_would_be_read_whole(kind, extending, size, tmp_path):
+    """A size below zero reads to the end of the file."""
+    start = tar_header(EXTENDING[extending], size)
+    file = packed(kind, tmp_path, start, b"A" * 2**20, 64)
+    with sparing():
+        assert f"header of {size} bytes, expected 65536 or fewer" in refusal(kind, file)
+
+
+@pytest.mark.parametrize("kind", ["tar", "cifar"])
+def test_long_names_that_are_none_too_long(kind, tmp_path):
+    """As tar's programs write them, in either form."""
+    name, content, options = ("a.png", png(), {})
+    if kind == "cifar":
+        name, content, options = ("test_batch.bin", RECORDS, {"split": "test"})
+    for form in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
+        file = write_tar(tmp_path / "x.tar", [(f"{'n' * 4000}/{name}", content)], format=form)
+        assert len(sources.build(kind, path=str(file), **options)) == (3 if kind == "cifar" else 1)
+
+
+@pytest.mark.parametrize("kind", ["tar", "cifar"])
+def test_maps_of_sparse_files_are_not_read(kind, tmp_path):
+    """The form GNU 1.0, whose map lies where the content should, and is as long as it says."""
+    records = [b"22 GNU.sparse.major=1\n", b"22 GNU.sparse.minor=0\n"]
+    extending = b"".join(records).ljust(512, b"\0")
+    start = tar_header(tarfile.XHDTYPE, sum(map(len, records))) + extending + tar_header(tarfile.REGTYPE, 2**26)
+    whole = start + b"9999999\n" + b"1\n" * 2**20 + bytes(2**12)
+    file = tmp_path / "x.tar"
+    file.write_bytes(gzip.compress(whole) if kind == "cifar" else whole)
+    with sparing():
+        assert "sparse" in refusal(kind, file)
+
+
+def test_maps_of_the_old_sparse_files_are_not_read(tmp_path):
+    content = bytearray(tar_header(tarfile.GNUTYPE_SPARSE, 0))
+    content[482] = 1  # goes on in the next block
+    content[148:156] = b" " * 8
+    content[148:156] = b"%06o\0 " % sum(content)
+    block = (b"00000000001\0" * 42).ljust(504, b"\0") + b"\1" + bytes(7)
+    with sparing():
+        refusal("cifar", packed("cifar", tmp_path, bytes(content), block * 2**11, 64))
+
+
+def test_a_small_archive_of_many_members(tmp_path):
+    """Of CIFAR, compressed: a million folders take 2 MB on the disk."""
+    file = packed("cifar", tmp_path, b"", tar_header(tarfile.DIRTYPE, 0) * 2**10, 9)
+    with sparing(2e6):
+        assert "in their binary version" in refusal("cifar", file)
+
+
+def test_a_compressed_archive_of_folders_has_an_end(tmp_path, monkeypatch):
+    monkeypatch.setattr("pathline.data.sources.cifar._ARCHIVE_BYTES", 2**20)
+    file = packed("cifar", tmp_path, b"", tar_header(tarfile.DIRTYPE, 0) * 2**10, 3)
+    assert f"{2**20} bytes in all" in refusal("cifar", file)
+
+
+def test_names_of_classes_are_not_read_without_end(tmp_path):
+    members = [("test_batch.bin", RECORDS), ("batches.meta.txt", b"a " * 2**23)]
+    whole = write_tar(tmp_path / "x.tar", members).read_bytes()
+    (tmp_path / "x.tar.gz").write_bytes(gzip.compress(whole, 1))
+    with sparing(40e6):  # of 2^23 texts, which would take 500 MB
+        assert sources.build("cifar", path=str(tmp_path / "x.tar.gz"), split="test").class_names == list("0123456789")
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip", "tar"])
+def test_tables_larger_than_labels_can_be(kind, tmp_path):
+    """JSON of a few bytes an entry takes twenty times as much in memory, and nearly nothing in a zip."""
+    most = 2**20 + 512 * 2
+    for extra, refused in ((1, True), (0, False)):
+        table = b'{"labels": null, "x": [' + b"[], " * 10 + b"0]}"
+        table = table.ljust(most + extra)
+        place = tmp_path / f"{extra}" / {"folder": "x", "zip": "x.zip", "tar": "x.tar"}[kind]
+        place.parent.mkdir()
+        members = [("a.png", png()), ("b.png", png()), ("dataset.json", table)]
+        if kind == "folder":
+            place.mkdir()
+            for name, content in members:
+                (place / name).write_bytes(content)
+        elif kind == "zip":
+            with zipfile.ZipFile(place, "w", zipfile.ZIP_DEFLATED) as archive:
+                for name, content in members:
+                    archive.writestr(name, content)
+        else:
+            write_tar(place, members)
+        if refused:
+            with sparing(5e5):
+                assert f"{most + 1} bytes, expected {most} or fewer for 2 images" in refusal(kind, place)
+        else:
+            assert len(sources.build(kind, path=str(place))) == 2
 
 
 def test_a_tar_cut_anywhere(tmp_path):
@@ -575,7 +698,7 @@ def test_an_archive_of_cifar_that_is_too_large_or_cut(tmp_path, monkeypatch):
         file.write_bytes(whole[: int(share * len(whole))])
         refusal("cifar", file, split="test")
     file.write_bytes(whole)
-    monkeypatch.setattr("pathline.data.sources.cifar.LIMIT", 9000)
+    monkeypatch.setattr("pathline.data.sources.cifar._ARCHIVE_BYTES", 9000)
     assert "expected plain files, 9000 bytes in all" in refusal("cifar", file, split="test")
 
 

@@ -17,14 +17,16 @@ from numpy.typing import NDArray
 from pathline.core.errors import DataError, InputError
 from pathline.data.sources.arrays import ArraySource
 from pathline.data.sources.base import registry
-from pathline.data.sources.files import LIMIT, as_path, read_file
+from pathline.data.sources.files import as_path, read_file, read_part
 from pathline.data.sources.keys import Labels, check_member
+from pathline.data.sources.tar import DAMAGED, Header
 
 __all__ = ["Cifar"]
 
 _SIDE = 32
 _PIXELS = 3 * _SIDE * _SIDE
-_DAMAGED = (tarfile.TarError, OSError, EOFError, ValueError, zlib.error)
+_ARCHIVE_BYTES = 2**28  # of an unpacked archive, which takes 1.8e8
+_NAMES_BYTES = 2**16  # of a file of names, which takes 1e3
 
 
 class _Layout(NamedTuple):
@@ -116,20 +118,22 @@ def _in_archive(path: Path, split: str) -> dict[str, bytes]:
     """
     wanted, found = _wanted(split), {}
     try:
-        with tarfile.open(path, "r:*") as archive:
+        mode: Literal["r:gz", "r:"] = "r:gz" if read_part(path, 0, 2, str(path)) == b"\x1f\x8b" else "r:"
+        with tarfile.open(path, mode, tarinfo=Header) as archive:
             while (member := archive.next()) is not None:
+                archive.members = []  # type: ignore[attr-defined]  # kept, those of a small file can take gigabytes
                 check_member(member.name, str(path))
-                end = member.offset_data + member.size
-                if not (member.isreg() or member.isdir()) or not member.offset_data <= end <= LIMIT:
+                plain = (member.isreg() or member.isdir()) and not member.issparse()
+                if not plain or not member.offset_data <= member.offset_data + member.size <= _ARCHIVE_BYTES:
                     raise DataError(
-                        f"got the member {member.name} of {path} of {member.size} bytes, expected plain files, {LIMIT} "
-                        "bytes in all; this is no archive of CIFAR"
+                        f"got the member {member.name} of {path} of {member.size} bytes, expected plain files, "
+                        f"{_ARCHIVE_BYTES} bytes in all; this is no archive of CIFAR"
                     )
                 name = member.name.rpartition("/")[2]
                 content = archive.extractfile(member) if name in wanted else None
                 if content is not None:
                     found[name] = content.read()
-    except _DAMAGED as error:
+    except (*DAMAGED, zlib.error) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"got {path}, which is no whole archive: {error}; copy it again") from error
@@ -152,5 +156,5 @@ def _labels(records: NDArray[np.uint8], layout: _Layout, kind: str, held: Mappin
     labels = records[:, list(layout.classes).index(kind)]
     if labels.max() >= count:
         raise DataError(f"got a label {labels.max()} in {place}, expected 0 to {count - 1}; copy the files again")
-    names = held.get(file, b"").decode(errors="replace").split()
+    names = held.get(file, b"")[:_NAMES_BYTES].decode(errors="replace").split()
     return Labels(labels.tolist(), names if len(names) == count else [str(number) for number in range(count)])

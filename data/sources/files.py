@@ -9,7 +9,7 @@ from pathline.core.errors import DataError, InputTypeError
 
 __all__ = ["LIMIT", "as_path", "read_file", "read_part", "size_of"]
 
-LIMIT = 2**30  # bytes that one image, or one table of labels, may take
+LIMIT = 2**30  # bytes that one image may take
 
 
 def as_path(path: str | Path) -> Path:

@@ -11,8 +11,8 @@ from pathline.core.errors import DataError
 from pathline.data.decode import is_image
 from pathline.data.sources.base import check_options, registry
 from pathline.data.sources.encoded import EncodedSource
-from pathline.data.sources.files import as_path, read_file
-from pathline.data.sources.keys import TABLE, labels_of
+from pathline.data.sources.files import as_path, read_file, size_of
+from pathline.data.sources.keys import TABLE, check_table, labels_of
 
 __all__ = ["Folder"]
 
@@ -44,6 +44,8 @@ class Folder(EncodedSource):
             raise DataError(f"got {path}, which is no folder; expected a folder of images")
         keys = sorted(_keys(root))
         table = root / TABLE
+        if table.is_file():
+            check_table(size_of(table), len(keys), str(root))
         content = read_file(table) if table.is_file() else None
         super().__init__(root, keys, labels_of(keys, content, str(root), folders=_topmost(root)), exif=exif)
 

@@ -19,6 +19,7 @@ __all__ = [
     "Labels",
     "check_member",
     "check_repetition",
+    "check_table",
     "entries_of",
     "fingerprint",
     "label_in",
@@ -31,6 +32,7 @@ TABLE = "dataset.json"
 _SPLITS = {"train", "training", "val", "valid", "validation", "test"}  # parts of a set, and no classes
 _MOST_CLASSES = 2**20
 LABEL_BYTES = 32  # bytes of a label in a file of its own
+_TABLE_BYTES, _ENTRY_BYTES = 2**20, 512  # of a table in any case, and for each image
 
 
 class Labels(NamedTuple):
@@ -59,6 +61,15 @@ def check_repetition(keys: Sequence[str], where: str) -> None:
     twice = next((first for first, second in pairwise(keys) if first == second), None)
     if twice is not None:
         raise DataError(f"got {twice} twice in {where}, expected names without repetition; rename one")
+
+
+def check_table(size: int, count: int, where: str) -> None:
+    """Raise DataError if a table has more bytes than labels of ``count`` images can take: JSON in memory takes more."""
+    most = _TABLE_BYTES + _ENTRY_BYTES * count
+    if size > most:
+        raise DataError(
+            f"got {TABLE} of {where} of {size} bytes, expected {most} or fewer for {count} images; write it anew"
+        )
 
 
 def labels_of(keys: Sequence[str], table: bytes | None, where: str, *, folders: Collection[str] = ()) -> Labels:

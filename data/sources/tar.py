@@ -5,7 +5,7 @@ from __future__ import annotations
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 
@@ -20,15 +20,44 @@ from pathline.data.sources.keys import (
     Labels,
     check_member,
     check_repetition,
+    check_table,
     label_in,
     labels_of,
     numbered,
 )
 
-__all__ = ["Tar", "plain_files"]
+__all__ = ["DAMAGED", "Header", "Tar", "plain_files"]
 
 _BLOCK = 512
-_DAMAGED = (tarfile.TarError, OSError, ValueError, EOFError, RecursionError, OverflowError)
+_HEADER_LIMIT = 2**16  # bytes of one that extends another; names and attributes take a few thousand
+_EXTENDING = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
+DAMAGED = (tarfile.TarError, OSError, ValueError, EOFError, RecursionError, OverflowError)
+
+
+class Header(tarfile.TarInfo):
+    """A member's header, as ``tarfile.open(tarinfo=…)`` takes one: none that has more read than 64 KiB is followed.
+
+    What extends a header is read whole by Python's own, whatever size it claims, and maps of sparse files as well.
+    """
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        """Return the header that 512 bytes are; raises ReadError for a sparse file's, and one that extends too far."""
+        header = super().frombuf(buf, encoding, errors)
+        if header.type == tarfile.GNUTYPE_SPARSE:
+            raise tarfile.ReadError(f"{header.name} is sparse")
+        if header.type in _EXTENDING and not 0 <= header.size <= _HEADER_LIMIT:
+            raise tarfile.ReadError(f"it has a header of {header.size} bytes, expected {_HEADER_LIMIT} or fewer")
+        return header
+
+    def _proc_gnusparse_10(self, *args: Any) -> None:
+        raise tarfile.ReadError(f"a member is sparse, told by {self.name}")
 
 
 class _Place(NamedTuple):
@@ -91,7 +120,7 @@ class Tar(EncodedSource):
     def _labels(self, keys: Sequence[str], inside: Mapping[str, _Place], where: str) -> Labels:
         beside = {_stem(name): name for name in inside if name.endswith(".cls")}
         if not beside or not keys:
-            table = self._read(inside[TABLE], TABLE) if TABLE in inside else None
+            table = self._table(inside[TABLE], len(keys)) if TABLE in inside else None
             if table is None:
                 self._check_classes(keys, where)
             return labels_of(keys, table, where)
@@ -104,6 +133,10 @@ class Tar(EncodedSource):
                 f"{without[:1]}, {len(extra)} labels without an image {extra[:1]}; pack the two together"
             )
         return numbered([self._label(inside[beside[stem]], beside[stem]) for stem in stems], where)
+
+    def _table(self, place: _Place, count: int) -> bytes:
+        check_table(place.size, count, str(self.shards[place.shard]))
+        return self._read(place, TABLE)
 
     def _check_classes(self, keys: Sequence[str], where: str) -> None:
         """Check that no shard is a class, as each archive within ImageNet's is, whose images have its name in front."""
@@ -143,11 +176,11 @@ def _files_of(path: Path) -> Iterator[tuple[str, int, int]]:
     """Yield name, offset and size of each file of an archive, folders left out."""
     size = size_of(path)
     try:
-        with tarfile.open(path, "r:") as archive:
+        with tarfile.open(path, "r:", tarinfo=Header) as archive:
             for member in plain_files(archive, str(path)):
                 yield _checked(member, path, size)
             end = archive.offset
-    except _DAMAGED as error:
+    except DAMAGED as error:
         if isinstance(error, DataError):
             raise
         raise DataError(

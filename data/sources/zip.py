@@ -16,7 +16,7 @@ from pathline.data.decode import is_image
 from pathline.data.sources.base import check_options, registry
 from pathline.data.sources.encoded import EncodedSource
 from pathline.data.sources.files import LIMIT, as_path, read_part, size_of
-from pathline.data.sources.keys import TABLE, check_member, check_repetition, labels_of
+from pathline.data.sources.keys import TABLE, check_member, check_repetition, check_table, labels_of
 
 __all__ = ["Member", "Zip", "content_of", "data_start", "members_of"]
 
@@ -73,6 +73,8 @@ class Zip(EncodedSource):
         keys = sorted(key for key in inside if is_image(key))
         self._where = np.array([inside[key][1:] for key in keys], np.int64)  # a fifth of what members take
         self._below = below
+        if TABLE in inside:
+            check_table(inside[TABLE].size, len(keys), str(path))
         table = content_of(file, inside[TABLE]) if TABLE in inside else None
         super().__init__(file, keys, labels_of(keys, table, str(path)), exif=exif, files=[(file.name, size_of(file))])
 
