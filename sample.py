@@ -91,7 +91,7 @@ def sample(given: argparse.Namespace) -> int:
     configuration, parts = trained.load(weights, given.entries)
     check_devices(configuration.sample, configuration.sample.devices)
     settle(configuration)
-    workers = Workers(configuration.sample.devices)
+    workers = Workers(configuration.sample.devices, configuration.train.accelerator)
     output = Path(configuration.sample.output or _beside(weights) / default_name(configuration))
     try:
         done = draw(Order(configuration, parts, weights, output, pathline.__version__), workers)
@@ -112,7 +112,7 @@ def sweep(given: argparse.Namespace) -> int:
     configuration = plan.check()
     check_devices(configuration.sample, configuration.sample.devices)
     settle(configuration)
-    workers = Workers(configuration.sample.devices)
+    workers = Workers(configuration.sample.devices, configuration.train.accelerator)
     judges = _judges(given, configuration, workers)
     paths: list[Path] = []
     try:

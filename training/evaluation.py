@@ -153,7 +153,8 @@ class Evaluations:
         if self._thread is not None:
             c = state.parts.configuration
             drawn = {"solver": c.solver, "guidance": c.guidance, "nfe": nfe, "seed": self._wanted.seed}
-            drawn |= {"label_law": self._wanted.labels, "rounding": ROUNDING, "version": __version__}
+            law = self._wanted.labels if getattr(state.parts.backbone, "num_classes", 0) else None
+            drawn |= {"label_law": law, "rounding": ROUNDING, "version": __version__}
             records = self._thread.submit(_computed, evaluation, others)
             self._pending.append(_Pending(state.step, average, drawn, began, records))
             if c.train.tf32 and (not self._seen or isinstance(evaluation.reference, Real)):
@@ -165,7 +166,8 @@ class Evaluations:
         parts, fabric, wanted, most = self._state.parts, self._state.fabric, self._wanted, 0
         cut_up = parts.configuration.train.strategy == "fsdp"
         share = range(wanted.count) if cut_up else _share(wanted.count, fabric.global_rank, fabric.world_size)
-        labels = sampling.labels_of(wanted, share, getattr(network, "num_classes", 0))
+        classes, null = getattr(network, "num_classes", 0), getattr(network, "null_label", None)
+        labels = sampling.labels_of(wanted, share, classes, null)
         assert self._template is not None  # a schedule has one
         evaluation, unseen = self._template.fresh(), None
         for ids, images, asked, nfe in sampling.batches(parts, network, labels, share, wanted.seed, wanted.batch):
@@ -222,9 +224,6 @@ def _template(state: State) -> Evaluation:
             "evaluation.every: got data that are no images, without an autoencoder to decode samples; set autoencoder, "
             "or leave it out"
         )
-    classes, labels = getattr(parts.backbone, "num_classes", 0), s.labels
-    if classes and not isinstance(labels, str) and max([labels] if isinstance(labels, int) else labels) >= classes:
-        raise ConfigurationError(f"evaluation.labels: got {labels}, expected classes from 0 to {classes - 1}")
     try:
         for name in s.features:
             features.registry.entry(name)

@@ -23,7 +23,7 @@ from pathline.encoders.autoencoders import Autoencoder
 from pathline.interpolants import Interpolant
 from pathline.objectives import Objective
 from pathline.solvers import Solver, guidance
-from pathline.solvers.guidance import Guidance, LabelGuidance
+from pathline.solvers.guidance import Guidance, LabelGuidance, PairGuidance
 from pathline.training.alignment import blank_features, encoder_problems, source_of, token_grid
 from pathline.training.latents import autoencoder_problems
 from pathline.training.network import checkpoint_activations, units
@@ -192,9 +192,8 @@ def _cross_check(parts: Parts, problems: _Problems, *, training: bool) -> int:
         problems.found.append("guidance: needs a backbone with classes and a null label; leave guidance out")
     problems.found += _missing_blocks(parts)
     problems.found += _random_layers(backbone)
-    labels = parts.configuration.sample.labels
-    if classes and not isinstance(labels, str) and max([labels] if isinstance(labels, int) else labels) >= classes:
-        problems.found.append(f"sample.labels: got {labels}, expected classes from 0 to {classes - 1}")
+    problems.found += _label_problems(parts, training)
+    problems.found += _scale_problems(parts, training)
     if parts.autoencoder is not None:
         problems.found += autoencoder_problems(parts.autoencoder, dataset)
     if training:
@@ -207,6 +206,32 @@ def _cross_check(parts: Parts, problems: _Problems, *, training: bool) -> int:
     if flow is not None:
         problems.collect("solver", lambda: _check_solver(parts, flow))
     return 0 if not training else problems.collect("objective", lambda: _check_objective(parts))
+
+
+def _label_problems(parts: Parts, training: bool) -> Iterator[str]:
+    """Yield what is wrong with labels that samples are to be drawn with."""
+    c, classes = parts.configuration, getattr(parts.backbone, "num_classes", 0)
+    asked = [("sample", c.sample.labels)]
+    if training and c.evaluation.every is not None:
+        asked.append(("evaluation", c.evaluation.labels))
+    for name, labels in asked:
+        if isinstance(labels, str):
+            if labels == "none" and classes and getattr(parts.backbone, "null_label", None) is None:
+                yield f"{name}.labels: got none for a backbone without a null label; name a law, or classes"
+        elif not classes:
+            yield f"{name}.labels: got {labels} for a backbone without classes; leave it out"
+        elif max([labels] if isinstance(labels, int) else labels) >= classes:
+            yield f"{name}.labels: got {labels}, expected classes from 0 to {classes - 1}"
+
+
+def _scale_problems(parts: Parts, training: bool) -> Iterator[str]:
+    """Yield what is wrong with one guidance scale a sample: training draws other numbers of them."""
+    count = parts.configuration.sample.count
+    for number, guide in enumerate(parts.guidance):
+        scale = guide.scale if isinstance(guide, PairGuidance) else 1.0
+        if isinstance(scale, Tensor) and (training or len(scale) != count):
+            wanted = "for a run" if training else f"for sample.count {count}, or one for each"
+            yield f"guidance.{number}.scale: got {len(scale)} scales, expected one {wanted}"
 
 
 def _missing_blocks(parts: Parts) -> Iterator[str]:

@@ -49,12 +49,18 @@ class Order:
 
     def labels(self, ids: range) -> Tensor | None:
         """Return the labels (N,) of samples by number, as they are asked for."""
-        return labels_of(self.configuration.sample, ids, int(getattr(self.parts.backbone, "num_classes", 0)))
+        backbone = self.parts.backbone
+        return labels_of(self.configuration.sample, ids, self.classes, getattr(backbone, "null_label", None))
+
+    @property
+    def classes(self) -> int:
+        """Number of the network's classes; 0 for an unconditional one."""
+        return int(getattr(self.parts.backbone, "num_classes", 0))
 
     @property
     def labelled(self) -> bool:
         """Whether labels are written down: the null label is none."""
-        return bool(getattr(self.parts.backbone, "num_classes", 0)) and self.configuration.sample.labels != "none"
+        return bool(self.classes) and self.configuration.sample.labels != "none"
 
     @cached_property
     def request(self) -> dict[str, Any]:
@@ -100,7 +106,7 @@ class Order:
             "count": count,
             "seed": c["sample"]["seed"],
             "seed_law": SEED_LAW,
-            "label_law": c["sample"]["labels"],
+            "label_law": c["sample"]["labels"] if self.classes else None,
             "solver": c["solver"],
             "guidance": c["guidance"],
             "nfe": spent.nfe,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pathline.core.draws import Draws
+from pathline.core.errors import ConfigurationError
 from pathline.core.flow import BaseFlow
 from pathline.core.sections import Sample
 from pathline.solvers.guidance import Autoguidance
@@ -82,7 +83,7 @@ def solved(
     """Draw samples by number; each is a function of (seed, number) and its label, whatever else is drawn.
 
     Args:
-        parts: tells solver, guidance and path.
+        parts: tells solver, guidance and path; where guidance has one scale a sample, that of each goes by its number.
         network: in evaluation mode; its device is used.
         labels: (N,) of these samples, or None for an unconditional network.
         ids: the N numbers of the samples, one after the other.
@@ -92,9 +93,10 @@ def solved(
     Raises:
         SolverError: a sample became NaN or infinite.
     """
-    flow, device = parts.flow(network), next(network.parameters()).device
+    device = next(network.parameters()).device
     for first in range(0, len(ids), batch):
         some = ids[first : first + batch]
+        flow = replace(parts, guidance=tuple(guide.of_samples(some) for guide in parts.guidance)).flow(network)
         theirs = None if labels is None else labels[first : first + batch]
         noise = Draws(seed).normal("initial noise", some, parts.dataset.shape).to(device)
         given = parts.conditions(None if theirs is None else theirs.to(device))
@@ -131,13 +133,17 @@ def _cut(parts: Parts, x: Tensor) -> list[Tensor]:
     return [x[first : first + size] for first in range(0, len(x), size)]
 
 
-def labels_of(wanted: Sample, ids: range, classes: int) -> Tensor | None:
+def labels_of(wanted: Sample, ids: range, classes: int, null: int | None = None) -> Tensor | None:
     """Return the labels (N,) of samples by number: by a law, the null label, one for all, or a list over and over.
 
     Args:
         wanted: tells the law; ``random`` is a function of (seed, number) alone.
         ids: the N numbers.
         classes: of the network; 0 has no labels.
+        null: the network's null label; None if it has none.
+
+    Raises:
+        ConfigurationError: the null label is asked for, and there is none.
     """
     if not classes:
         return None
@@ -147,7 +153,11 @@ def labels_of(wanted: Sample, ids: range, classes: int) -> Tensor | None:
     if wanted.labels == "random":
         return (Draws(wanted.seed).uniform("labels", ids) * classes).long()
     if wanted.labels == "none":
-        return torch.full((len(ids),), classes)
+        if null is None:
+            raise ConfigurationError(
+                "sample.labels: got none for a network without a null label; name a law or classes"
+            )
+        return torch.full((len(ids),), null)
     named = torch.tensor([wanted.labels] if isinstance(wanted.labels, int) else wanted.labels)
     return named[numbers % len(named)]
 

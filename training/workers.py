@@ -32,6 +32,7 @@ class Workers:
 
     Args:
         devices: processes to start, on as many devices; under ``torchrun`` those that it started, and no other number.
+        accelerator: of the devices, as ``train.accelerator``.
 
     Attributes:
         device: of this process.
@@ -42,13 +43,13 @@ class Workers:
         ProcessError: the others did not come.
     """
 
-    def __init__(self, devices: int) -> None:
+    def __init__(self, devices: int, accelerator: str = "auto") -> None:
         world, local = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
         if not torch.distributed.is_torchelastic_launched():
             world = local = devices
         elif devices not in (1, world):
             raise ConfigurationError(f"sample.devices: got {devices}, and torchrun started {world}; leave it out")
-        fabric = _fabric(local, world // local)
+        fabric = _fabric(accelerator, local, world // local)
         launch(fabric)
         self.device, self.rank, self.count = fabric.device, fabric.global_rank, fabric.world_size
         self._agreement = Agreement(fabric, PATIENCE)
@@ -103,14 +104,16 @@ def settle(configuration: Configuration) -> None:
     torch.backends.cudnn.allow_tf32 = configuration.train.tf32
 
 
-def _fabric(devices: int, nodes: int) -> Fabric:
-    """Return Fabric, not launched, on whatever there is; processes meet on the host alone."""
-    cuda = torch.cuda.device_count()
+def _fabric(accelerator: str, devices: int, nodes: int) -> Fabric:
+    """Return Fabric, not launched; processes meet on the host alone."""
+    cuda = torch.cuda.device_count() if accelerator in ("auto", "cuda") else 0
     if 0 < cuda < devices:
         raise ConfigurationError(f"sample.devices: got {devices}, of {cuda} CUDA devices; set it lower")
     alone = devices * nodes == 1
     strategy = DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=PATIENCE))
     try:
-        return Fabric(accelerator="auto", devices=devices, num_nodes=nodes, strategy="auto" if alone else strategy)
+        return Fabric(accelerator=accelerator, devices=devices, num_nodes=nodes, strategy="auto" if alone else strategy)
     except (RuntimeError, ValueError, MisconfigurationException) as error:
-        raise ConfigurationError(f"sample.devices: got {devices}, of which Fabric says: {error}") from error
+        raise ConfigurationError(
+            f"got sample.devices {devices} and train.accelerator {accelerator}, of which Fabric says: {error}"
+        ) from error

@@ -5,6 +5,7 @@ N samples; S the shape of one sample; t has shape (N,) or ().
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Sequence
@@ -30,6 +31,11 @@ class Guidance(ABC):
     @abstractmethod
     def __call__(self, flow: BaseFlow) -> BaseFlow:
         """Wrap a flow."""
+
+    def of_samples(self, numbers: range) -> Guidance:
+        """Return the guidance of some samples by number, where each has its own; itself where all have the same."""
+        del numbers
+        return self
 
 
 registry: Registry[Guidance] = Registry("guidance", "solvers.guidance", Guidance)
@@ -109,7 +115,8 @@ class PairGuidance(Guidance):
         channels: int | None = None,
         quantity: Kind | None = None,
     ) -> None:
-        self.scale, self.interval = _checked_scale(scale), _checked_interval(interval)
+        self._set_scale(_checked_scale(scale))
+        self.interval = _checked_interval(interval)
         self.rescale, self.channels, self.quantity = finite("rescale", rescale), channels, quantity
         if not 0 <= self.rescale <= 1:
             raise InputError(f"got rescale {rescale}, expected a share in [0, 1]; 0 is off")
@@ -117,9 +124,19 @@ class PairGuidance(Guidance):
             raise InputError(f"got channels {channels!r}, expected a whole number of 1 or more, or None for all")
         if quantity is not None:
             check_kinds(quantity)
-        apart = self.scale != 1
+
+    def _set_scale(self, scale: float | Tensor) -> None:
+        self.scale, apart = scale, scale != 1
         self.off = not bool(apart.any()) if isinstance(apart, Tensor) else not apart
         self._apart = apart if isinstance(apart, Tensor) and not self.off and not bool(apart.all()) else None
+
+    def of_samples(self, numbers: range) -> Guidance:
+        """See ``Guidance``: the scales of these samples."""
+        if not isinstance(self.scale, Tensor):
+            return self
+        other = copy.copy(self)
+        other._set_scale(self.scale[numbers.start : numbers.stop])
+        return other
 
     @abstractmethod
     def formula(self, strong: Tensor, weak: Tensor, at: Moment) -> Tensor:
