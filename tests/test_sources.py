@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from pathline import DataError, InputError, InputTypeError, UnknownNameError, UnknownOptionError
@@ -577,6 +578,33 @@ def test_torchvision(torchvision_operators, tmp_path):
     assert np.array_equal(np.asarray(digits.read(6)), BATCH[6, ..., :1].repeat(3, 2))
     again = pickle.loads(pickle.dumps(digits))
     assert np.array_equal(np.asarray(again.read(6)), np.asarray(digits.read(6)))
+
+
+def test_files_of_torchvision_are_decoded_by_our_rules(torchvision_operators, tmp_path):
+    """Transparent colours lie over white, grey of 16 bits is scaled, and what is broken is named with its file."""
+    clear = np.dstack([picture(0), np.zeros((5, 7), np.uint8)])
+    grey = (np.arange(35).reshape(5, 7) * 1800).astype(np.uint16)
+    files = {"a/0.png": png(clear), "b/1.png": png(grey), "b/2.png": png(picture(2))[:-30]}
+    source = sources.build("torchvision", path=str(write_folder(tmp_path / "set", files)), dataset="ImageFolder")
+    source = pickle.loads(pickle.dumps(source))
+    assert (np.asarray(source.read(0)) == 255).all()
+    assert np.array_equal(np.asarray(source.read(1))[..., 0], np.round(grey / 257))
+    with pytest.raises(DataError, match=r"^got .*b/2\.png, which cannot be decoded: .*truncated"):
+        source.read(2)
+    assert source.manifest["decoding"] == sources.build("folder", path=str(tmp_path / "set")).manifest["decoding"]
+    assert "loader" not in json.dumps(source.manifest)
+    fake = sources.build("torchvision", path=str(tmp_path), dataset="FakeData", options={"size": 2})
+    assert fake.manifest["decoding"] == "torchvision's"
+
+
+def test_the_loader_is_handed_on_by_imagenet(torchvision_operators, tmp_path):
+    """Its class takes any option, and gives them to ImageFolder's."""
+    torch.save(({"n01": ("tench",), "n02": ("goldfish",)}, ["n01"]), tmp_path / "meta.bin")
+    clear = np.dstack([picture(0), np.zeros((5, 7), np.uint8)])
+    write_folder(tmp_path / "val", {"n01/0.png": png(clear), "n02/1.png": png(picture(1))})
+    options = {"split": "val"}
+    source = sources.build("torchvision", path=str(tmp_path), dataset="ImageNet", options=options)
+    assert (np.asarray(source.read(0)) == 255).all() and list(source.labels) == [0, 1]
 
 
 def test_torchvision_of_data_that_are_not_there(torchvision_operators, tmp_path):

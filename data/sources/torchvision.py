@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,10 @@ from PIL import Image
 
 from pathline.core.checks import require
 from pathline.core.errors import DataError, MissingPackageError, UnknownNameError, suggest
-from pathline.data.decode import rgb
+from pathline.data.decode import decode, rgb, rules
 from pathline.data.sources.arrays import row_keys
 from pathline.data.sources.base import ImageSource, check_options, registry
-from pathline.data.sources.files import as_path
+from pathline.data.sources.files import as_path, read_file
 from pathline.data.sources.keys import Labels, fingerprint, numbered
 
 __all__ = ["TorchVision"]
@@ -29,7 +30,8 @@ _TARGETS = ("targets", "labels", "_labels", "_targets")  # what its classes call
 class TorchVision(ImageSource):
     """A data set of ``torchvision.datasets`` whose samples are pairs of an image and a class.
 
-    How its files are read is torchvision's affair: that of CIFAR-10, for one, unpickles files whose checksums it knows.
+    Classes that take a loader of files, as ImageFolder, are given the one of other sources. Elsewhere, how files are
+    read is torchvision's affair: that of CIFAR-10, for one, unpickles files whose checksums it knows.
     Samples are asked for by several threads at once, where the one who asks has several.
 
     Args:
@@ -52,18 +54,21 @@ class TorchVision(ImageSource):
         check_options(str, dataset=dataset)
         check_options(Mapping, options={} if options is None else options)
         root = as_path(path)
-        given, found = dict(options or {}), _class(dataset)
+        self.dataset, self.options = dataset, dict(options or {})
+        given, found = dict(self.options), _class(dataset)
         known = inspect.signature(found).parameters
         if "download" in known:
             given["download"] = download
+        self._decodes = _takes_loader(found)
+        if self._decodes:
+            given.setdefault("loader", _load)
         try:
             self._images: Any = found(**({"root": str(root)} if "root" in known else {}), **given)
         except Exception as error:  # each class has its own: of a type, of a file, of the network
             raise DataError(
-                f"got no data set {dataset} with the options {given} in {root}: {error}; check path and options, or "
+                f"got no data set {dataset} with the options {self.options} in {root}: {error}; check path and options, or "
                 "set download=true where the network is open"
             ) from error
-        self.dataset, self.options = dataset, dict(options or {})
         self.keys = row_keys(len(self._images))
         if not self.keys:
             raise DataError(f"got no images in the data set {dataset} in {root}; check path and options")
@@ -75,7 +80,7 @@ class TorchVision(ImageSource):
 
     @cached_property
     def manifest(self) -> dict[str, Any]:
-        """Name, class and its options, number of images and classes, hash of labels."""
+        """Name, class and its options, number of images and classes, hash of labels, rules of decoding."""
         return {
             "name": "torchvision",
             "dataset": self.dataset,
@@ -83,6 +88,7 @@ class TorchVision(ImageSource):
             "count": len(self),
             "num_classes": len(self.class_names),
             "sha256": fingerprint(self.keys, self.labels),
+            "decoding": rules(exif=False) if self._decodes else "torchvision's",
         }
 
     def _name(self, index: int) -> str:
@@ -91,6 +97,8 @@ class TorchVision(ImageSource):
     def _sample(self, index: int) -> tuple[Image.Image, Any]:
         try:
             image, target = self._images[index][:2]
+        except DataError:
+            raise
         except Exception as error:  # damaged files make decoders raise nearly anything
             raise DataError(f"got {self._name(index)}, which cannot be read: {error!r}; check its files") from error
         if not isinstance(image, Image.Image):
@@ -126,6 +134,17 @@ def _class(name: str) -> Any:
     if name not in known:
         raise UnknownNameError(f"torchvision has no data set {name!r}; {suggest(name, known)}")
     return getattr(datasets, name)
+
+
+def _takes_loader(found: Any) -> bool:
+    """Whether a class of data sets takes a function that reads a file, or hands it on to one that does, as ImageNet."""
+    known = inspect.signature(found).parameters
+    hands_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
+    return "loader" in known or (hands_on and any(base.__name__ == "DatasetFolder" for base in found.__mro__))
+
+
+def _load(path: str | Path) -> Image.Image:
+    return decode(read_file(Path(path)), str(path))
 
 
 def _is_class(target: Any) -> bool:
