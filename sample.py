@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pathline
@@ -92,9 +93,11 @@ def sample(given: argparse.Namespace) -> int:
     check_devices(configuration.sample, configuration.sample.devices)
     settle(configuration)
     workers = Workers(configuration.sample.devices, configuration.train.accelerator)
-    output = Path(configuration.sample.output or _beside(weights) / default_name(configuration))
+    order = Order(configuration, parts, weights, Path(configuration.sample.output or "."), pathline.__version__)
+    if configuration.sample.output is None:
+        order = replace(order, output=_beside(weights) / workers.first(lambda: default_name(order)))
     try:
-        done = draw(Order(configuration, parts, weights, output, pathline.__version__), workers)
+        done = draw(order, workers)
     except Stopped as stop:
         return _stopped(stop, workers)
     if workers.rank == 0:

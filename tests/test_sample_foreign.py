@@ -233,7 +233,7 @@ def test_names_of_default_outputs_tell_drawings_apart(released, tmp_path):
         before = {*tmp_path.glob("*.npz")}
         assert main([str(tmp_path / f"{begin.partition('-')[0]}.pt"), *words, *own]) == 0
         (made,) = {*tmp_path.glob("*.npz")} - before
-        assert re.fullmatch(rf"samples-{begin}-[0-9a-f]{{8}}-heun-1-seed-3\.npz", made.name)
+        assert re.fullmatch(rf"samples-{begin}-heun-1-seed-3-[0-9a-f]{{8}}\.npz", made.name)
         assert main([str(tmp_path / f"{begin.partition('-')[0]}.pt"), *words, *own]) == 0  # the same name again
     assert len([*tmp_path.glob("*.npz")]) == len(drawings)
 

@@ -428,10 +428,13 @@ def test_the_record(whole):
     assert record["checkpoint"]["average"] == "ema" and len(record["request_sha256"]) == 64
 
 
-def test_the_default_name_of_many_tells_how_many(run):
-    assert main([str(run), *SHARDS]) == 0 and main([str(run), "sample.count=5", "sample.seed=3"]) == 0
-    assert len(arrays(run / "samples-heun-2-23-seed-3.npz")["arr_0"]) == 23
-    assert len(arrays(run / "samples-heun-2-seed-3.npz")["arr_0"]) == 5
+def test_no_drawing_replaces_another_by_default(run):
+    """Each has a name of its own, and is found under it."""
+    others = (["sample.count=5"], ["sample.labels=3"], ["sample.labels=random"], ["train.tf32=true"], [])
+    for _ in range(2):
+        for words in others:
+            assert main([str(run), *SHARDS, *words]) == 0
+    assert len(list(run.glob("samples-heun-2-seed-3-????????.npz"))) == len(others)
 
 
 @pytest.mark.parametrize(("shape", "dtype"), [((3, 5, 7, 1), np.uint8), ((2, 4, 3, 5), np.float32)])

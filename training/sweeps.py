@@ -146,8 +146,7 @@ class Sweep:
                 "sample.output: got one for a sweep, whose drawings have names of their own; use --into"
             )
         order = Order(configuration, parts, self.weights, self.folder, self.version)
-        name = Path(default_name(configuration)).stem
-        return replace(order, output=self.folder / f"{name}-{digest(order.request)[:8]}.npz")
+        return replace(order, output=self.folder / default_name(order))
 
     def run(self, workers: Workers, judges: Judges | None) -> Iterator[list[Found]]:
         """Draw and measure point after point; yield after each all that was found so far."""
