@@ -18,6 +18,7 @@ EXTENSIONS = frozenset(
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # no other decoder of Pillow is ever tried
 _MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr"}
 _WIDE = {"I", "I;16", "I;16B", "I;16L", "I;16N"}  # grey, 16 bits
+_SCALED = {"L;2": 85, "L;4": 17}  # by what Pillow multiplies grey of 2 and of 4 bits
 _WHITE_IS_HIGHEST = 1  # tag 262 of TIFF
 
 
@@ -33,7 +34,7 @@ def rules(*, exif: bool) -> dict[str, Any]:
     return {
         "exif orientation": "applied" if exif else "ignored",
         "transparency": "over white",
-        "16 bits": "grey: round(x/257); colour: the high byte",
+        "16 bits": "grey: round(x/257); colour, and grey with an alpha channel: the high byte",
         "cmyk": "Pillow's conversion, profiles ignored",
         "animation": "first frame",
     }
@@ -56,7 +57,10 @@ def decode(content: bytes, name: str, *, exif: bool = False) -> Image.Image:
     try:
         with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
             _check_size(image, name)
+            clear = _transparent(image)
             image.load()
+            if clear is not None:
+                image.info["transparency"] = clear
             turned = ImageOps.exif_transpose(image) if exif else image
             return rgb(turned, name)
     except DataError:
@@ -104,6 +108,18 @@ def _scaled(image: Image.Image, name: str) -> Image.Image:
         raise DataError(f"got {name} with levels from {levels.min()} to {levels.max()}, expected 16 bits; convert it")
     levels[levels == image.info.get("transparency")] = 65535  # PNG may call one level transparent
     return Image.fromarray(((levels + 128) // 257).astype(np.uint8))
+
+
+def _transparent(image: Image.Image) -> Any:
+    """Return the transparent level or colour of an image that is opened and not yet decoded, as its pixels will have it.
+
+    PNG tells of it as it is stored: grey of 2 and 4 bits is scaled, and of colours of 16 bits the high byte is kept,
+    by Pillow, which leaves what is told as it is. None for an image without, or where that needs no change.
+    """
+    told, stored = image.info.get("transparency"), image.tile[0][3] if image.tile else None
+    if isinstance(told, int) and stored in _SCALED:
+        return told * _SCALED[stored]
+    return tuple(level >> 8 for level in told) if isinstance(told, tuple) and stored == "RGB;16B" else None
 
 
 def _check_size(image: Image.Image, name: str) -> None:

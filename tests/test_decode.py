@@ -112,6 +112,47 @@ def test_one_transparent_colour_of_rgb():
     assert pixels(encoded(image, transparency=(9, 8, 7))).tolist() == [[[255, 255, 255], [9, 8, 6]]]
 
 
+def png_of_bits(bits: int, kind: int, row: bytes, width: int, clear: bytes | None = None) -> bytes:
+    """One row of grey (kind 0), colour (2) or grey with alpha (4) of so many bits, and its transparent level."""
+    chunks = [
+        (b"IHDR", struct.pack(">IIBBBBB", width, 1, bits, kind, 0, 0, 0)),
+        *([] if clear is None else [(b"tRNS", clear)]),
+        (b"IDAT", zlib.compress(b"\0" + row)),
+        (b"IEND", b""),
+    ]
+    whole = (struct.pack(">I", len(b)) + k + b + struct.pack(">I", zlib.crc32(k + b)) for k, b in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(whole)
+
+
+@pytest.mark.parametrize(
+    ("bits", "row", "clear", "expected"),
+    [
+        (1, [0b01011000], 0, [255, 255, 255, 255, 255]),
+        (1, [0b01011000], 1, [0, 255, 0, 255, 255]),
+        (2, [0b00011011, 0b01000000], 1, [0, 255, 170, 255, 255]),
+        (2, [0b00011011, 0b01000000], 0, [255, 85, 170, 255, 85]),
+        (4, [0x1F, 0x60, 0x10], 6, [17, 255, 255, 0, 17]),
+        (8, [1, 6, 85, 0, 6], 6, [1, 255, 85, 0, 255]),
+    ],
+)
+def test_a_transparent_level_of_few_bits_is_white(bits, row, clear, expected):
+    """It is told as it is stored, and grey is scaled to 255 when it is decoded."""
+    assert pixels(png_of_bits(bits, 0, bytes(row), 5, struct.pack(">H", clear)))[0, :, 0].tolist() == expected
+
+
+def test_a_transparent_colour_of_sixteen_bits_is_white():
+    row = struct.pack(">6H", 0x1234, 0x5678, 0x9ABC, 0x1334, 0x5678, 0x9ABC)
+    found = pixels(png_of_bits(16, 2, row, 2, struct.pack(">3H", 0x1234, 0x5678, 0x9ABC)))
+    assert found.tolist() == [[[255, 255, 255], [0x13, 0x56, 0x9A]]]
+
+
+def test_sixteen_bits_with_an_alpha_channel_keep_the_high_byte():
+    """As ``rules`` says."""
+    content = png_of_bits(16, 4, struct.pack(">4H", 0x12FF, 0xFFFF, 0x80FF, 0xFFFF), 2)
+    assert pixels(content)[0, :, 0].tolist() == [0x12, 0x80]
+    assert rules(exif=False)["16 bits"].endswith("grey with an alpha channel: the high byte")
+
+
 def test_cmyk_has_three_channels():
     """Ink on white paper: (255 - c)(255 - k)/255 and so on; JPEG keeps a flat colour to a few levels."""
     ink = np.array([40, 90, 200, 25])

@@ -66,8 +66,8 @@ class TorchVision(ImageSource):
             self._images: Any = found(**({"root": str(root)} if "root" in known else {}), **given)
         except Exception as error:  # each class has its own: of a type, of a file, of the network
             raise DataError(
-                f"got no data set {dataset} with the options {self.options} in {root}: {error}; check path and options, or "
-                "set download=true where the network is open"
+                f"got no data set {dataset} with the options {self.options} in {root}: {error}; check path and "
+                "options, or set download=true where the network is open"
             ) from error
         self.keys = row_keys(len(self._images))
         if not self.keys:
