@@ -5,34 +5,36 @@ N samples of a file, n of a batch; C, H, W the shape of one.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import os
 import zipfile
-import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
 from einops import rearrange
-from numpy.lib import format as npy
 from numpy.typing import NDArray
 from torch import Tensor
 
 from pathline.core.errors import DataError, InputError
 from pathline.data import sources
 from pathline.data.sources import ImageSource
+from pathline.metrics.archives import member, opened, read_values
 
 __all__ = ["Samples", "read_record", "read_samples"]
 
 RECORD = "record.json"  # in a folder of shards
 SHARDS = "shard-*.npz"
-_DENSEST = 1100  # how many times smaller deflate makes what it packs, at most
-_HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
+_IMAGE = 2**26  # bytes of an image, at most
+_AT_ONCE = 2**28  # bytes of images that are read at once, at most
+_MOST = 2**27  # samples of a file
+_STALE = "draw them again, or remove the record if it is of others"
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,13 @@ class _Piece(ABC):
     labels: Tensor | None
 
     @abstractmethod
-    def rows(self, size: int) -> Iterator[NDArray[np.uint8]]:
-        """Yield all images in turn, (n, H, W, C), at most ``size`` at once."""
+    def rows(self, ids: range, size: int) -> Iterator[NDArray[np.uint8]]:
+        """Yield images by number in turn, (n, H, W, C), at most ``size`` at once."""
+
+    @property
+    def bytes(self) -> int:
+        """Of the file."""
+        return self.path.stat().st_size
 
 
 @dataclass(frozen=True)
@@ -75,35 +82,53 @@ class Samples:
         Arrays: ``arr_0`` uint8 (N, H, W, C), and labels, if any, in ``arr_1`` (N,). Nothing is unpickled.
 
         Raises:
-            DataError: nothing there, or not what samples look like; the file is named.
+            DataError: nothing there, not what samples look like, or not what their record tells of; the file is named.
         """
         if path.is_dir():
             return _of_shards(path) if any(path.glob(SHARDS)) or (path / "journal.json").exists() else _of_images(path)
-        return _joined(path, (_Arrays.of(path),), read_record(path))
+        samples = _joined(path, (_Arrays.of(path),), read_record(path))
+        _check_record(samples)
+        return samples
 
-    def batches(self, size: int, count: int | None = None) -> Iterator[tuple[Tensor, Tensor | None]]:
+    def batches(self, size: int, count: int | None = None, first: int = 0) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Yield images uint8 (n, C, H, W), at most ``size`` at once, and labels (n,) or None, in order.
+
+        Where all are asked for, and their record has a hash, it is checked in the end.
 
         Args:
             size: 1 or more.
-            count: how many in all, the first ones; None is all.
+            count: how many in all; None is all from ``first`` on.
+            first: number of the first one.
 
         Raises:
             InputError: more than there are.
-            DataError: a damaged file; it is named.
+            DataError: a damaged file, or other samples than their record tells of; it is named.
         """
-        left = self.count if count is None else count
-        if not 1 <= left <= self.count or size < 1:
-            raise InputError(f"got count {left} and batches of {size}, expected 1 to {self.count} of {self.path}")
-        for piece in self._pieces:
-            first = 0
-            for rows in piece.rows(size):
-                rows = rows[:left]
-                labels = None if piece.labels is None else piece.labels[first : first + len(rows)]
+        count = self.count - first if count is None else count
+        if first < 0 or not 1 <= count <= self.count - first or size < 1:
+            raise InputError(
+                f"got count {count} and batches of {size}, expected 1 to {self.count - first} of {self.path}"
+            )
+        told, known = hashlib.sha256(), self.record.get("samples_sha256") if count == self.count else None
+        for piece, ids in self._parts(range(first, first + count)):
+            done = ids.start
+            for rows in piece.rows(ids, max(1, min(size, _AT_ONCE // math.prod(self.shape)))):
+                if known is not None:
+                    told.update(np.ascontiguousarray(rows))
+                labels = None if piece.labels is None else piece.labels[done : done + len(rows)]
                 yield rearrange(torch.from_numpy(rows), "n h w c -> n c h w").contiguous(), labels
-                first, left = first + len(rows), left - len(rows)
-                if not left:
-                    return
+                done += len(rows)
+        if known not in (None, told.hexdigest()):
+            raise DataError(f"got {self.path} with other samples than its record tells of, by their hash; {_STALE}")
+
+    def _parts(self, ids: range) -> Iterator[tuple[_Piece, range]]:
+        """Yield the pieces that hold samples by number, each with their numbers in it."""
+        start = 0
+        for piece in self._pieces:
+            mine = range(max(ids.start - start, 0), min(ids.stop - start, piece.count))
+            if mine:
+                yield piece, mine
+            start += piece.count
 
 
 def read_samples(path: Path) -> tuple[Tensor, Tensor | None]:
@@ -150,6 +175,16 @@ def _joined(path: Path, pieces: tuple[_Piece, ...], record: Mapping[str, Any]) -
     return Samples(path, count, (channels, height, width), first.labels is not None, record, pieces)
 
 
+def _check_record(samples: Samples) -> None:
+    """Raise DataError if the record is of other samples, as far as their number and bytes tell."""
+    here = {"count": samples.count, "bytes": sum(piece.bytes for piece in samples._pieces)}
+    for name, value in here.items():
+        if samples.record.get(name, value) != value:
+            raise DataError(
+                f"got {samples.path} with {name} {value}, and {samples.record[name]} by its record; {_STALE}"
+            )
+
+
 def _words(piece: _Piece) -> str:
     return f"images {piece.shape} {'without' if piece.labels is None else 'with'} labels"
 
@@ -167,8 +202,7 @@ def _of_shards(folder: Path) -> Samples:
             f"got {folder} without {', '.join(missing[:3])}, expected shards from 00000 on; draw them again"
         )
     samples = _joined(folder, tuple(_Arrays.of(file) for file in files), record)
-    if record.get("count") != samples.count:
-        raise DataError(f"got {samples.count} samples in {folder}, and {record.get('count')} by its {RECORD}")
+    _check_record(samples)
     return samples
 
 
@@ -189,9 +223,9 @@ class _Images(_Piece):
         width, height = source.read(0).size
         return cls(folder, len(source), (height, width, 3), labels, source)
 
-    def rows(self, size: int) -> Iterator[NDArray[np.uint8]]:
-        for first in range(0, self.count, size):
-            yield np.stack([self._read(i) for i in range(first, min(first + size, self.count))])
+    def rows(self, ids: range, size: int) -> Iterator[NDArray[np.uint8]]:
+        for first in ids[::size]:
+            yield np.stack([self._read(i) for i in range(first, min(first + size, ids.stop))])
 
     def _read(self, index: int) -> NDArray[np.uint8]:
         image = np.asarray(self.source.read(index))
@@ -210,76 +244,38 @@ class _Arrays(_Piece):
     def of(cls, path: Path) -> _Arrays:
         if not path.is_file():
             raise DataError(f"got no file at {path}, expected samples written by sample.py")
-        with _archive(path) as archive:
+        with opened(path) as archive:
             members = {info.filename for info in archive.infolist()}
             if "arr_0.npy" not in members:
                 raise DataError(
                     f"got {path} without an array arr_0, expected the images there and labels, if any, in arr_1"
                 )
-            with _member(archive, "arr_0.npy", path) as (_, shape, dtype):
+            with member(archive, "arr_0.npy", path) as (_, shape, dtype):
                 if dtype != np.uint8 or len(shape) != 4:
                     raise DataError(
                         f"got {path} with images {dtype} {shape}, expected uint8 (N, H, W, C); values that are no "
                         "levels are latents, which an autoencoder decodes, or were not rounded"
                     )
+                if math.prod(shape[1:]) > _IMAGE or shape[0] > _MOST:
+                    raise DataError(
+                        f"got {path} with {shape[0]} images of {shape[1:]} (H, W, C), expected {_MOST} at most of "
+                        f"{_IMAGE >> 20} MiB at most; an archive may tell more than anybody drew"
+                    )
             labels = _labels(archive, path, shape[0]) if "arr_1.npy" in members else None
         return cls(path, shape[0], (shape[1], shape[2], shape[3]), labels)
 
-    def rows(self, size: int) -> Iterator[NDArray[np.uint8]]:
-        with _archive(self.path) as archive, _member(archive, "arr_0.npy", self.path) as (stream, shape, _):
+    def rows(self, ids: range, size: int) -> Iterator[NDArray[np.uint8]]:
+        with opened(self.path) as archive, member(archive, "arr_0.npy", self.path) as (stream, shape, _):
             if shape != (self.count, *self.shape):
                 raise DataError(f"got {self.path}, which has changed since it was opened")
-            for first in range(0, self.count, size):
-                yield _read(stream, (min(size, self.count - first), *self.shape), np.dtype(np.uint8), self.path)
+            stream.seek(ids.start * math.prod(self.shape), os.SEEK_CUR)
+            for first in ids[::size]:
+                wanted = (min(size, ids.stop - first), *self.shape)
+                yield read_values(stream, wanted, np.dtype(np.uint8), self.path)
 
 
 def _labels(archive: zipfile.ZipFile, path: Path, count: int) -> Tensor:
-    with _member(archive, "arr_1.npy", path) as (stream, shape, dtype):
+    with member(archive, "arr_1.npy", path) as (stream, shape, dtype):
         if shape != (count,) or not np.issubdtype(dtype, np.integer):
             raise DataError(f"got {path} with labels {dtype} {shape}, expected {count} whole numbers")
-        return torch.from_numpy(_read(stream, shape, dtype, path).astype(np.int64))
-
-
-@contextmanager
-def _archive(path: Path) -> Iterator[zipfile.ZipFile]:
-    """Open an archive; whatever is damaged in it names the file."""
-    damaged = (ValueError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
-    try:
-        with zipfile.ZipFile(path) as archive:
-            yield archive
-    except DataError:
-        raise
-    except damaged as error:
-        raise DataError(f"got {path}, which is no .npz of plain arrays: {error}") from error
-
-
-@contextmanager
-def _member(
-    archive: zipfile.ZipFile, name: str, path: Path
-) -> Iterator[tuple[IO[bytes], tuple[int, ...], np.dtype[Any]]]:
-    """Open an array at its values, its header checked against its size, and that against the file's."""
-    info, room = archive.getinfo(name), path.stat().st_size
-    with archive.open(info) as stream:
-        version = npy.read_magic(stream)
-        if version not in _HEADERS:
-            raise ValueError(f"{name} is of npy version {version}")
-        shape, fortran, dtype = _HEADERS[version](stream)
-        if dtype.hasobject or fortran:
-            raise ValueError(f"{name} holds {'objects' if dtype.hasobject else 'values in the order of Fortran'}")
-        needed, packed = math.prod(shape) * dtype.itemsize, info.compress_size
-        if any(size < 0 for size in shape) or needed != info.file_size - stream.tell():
-            raise ValueError(
-                f"{name} of {info.file_size} bytes tells the shape {shape} of {dtype}; truncated or forged"
-            )
-        if packed > room or info.file_size > packed * (_DENSEST if info.compress_type else 1):
-            raise ValueError(f"{name} tells {info.file_size} bytes, in a file of {room}; truncated or forged")
-        yield stream, shape, dtype
-
-
-def _read(stream: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[Any], path: Path) -> NDArray[Any]:
-    """Read the next values of an array."""
-    needed = math.prod(shape) * dtype.itemsize
-    content = bytearray(stream.read(needed))
-    if len(content) != needed:
-        raise DataError(f"got {path}, which is truncated: {len(content)} of {needed} bytes")
-    return np.frombuffer(content, dtype).reshape(shape)
+        return torch.from_numpy(read_values(stream, shape, dtype, path).astype(np.int64))

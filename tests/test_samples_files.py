@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import tracemalloc
@@ -12,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+import pathline.metrics.samples
 from pathline.core.errors import DataError, InputError
 from pathline.metrics.samples import Samples, read_record, read_samples
 
@@ -109,6 +111,49 @@ def test_a_number_that_is_not_there(count, tmp_path):
         next(Samples.of(tmp_path / "a.npz").batches(2, count))
 
 
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_samples_by_number_from_any_on(save, tmp_path):
+    images, labels = levels(11), np.arange(11) % 4
+    folder = shards(tmp_path / "out.shards", images, labels, (2, 7), {"count": 11})
+    save(tmp_path / "a.npz", arr_0=images, arr_1=labels)
+    for samples in (Samples.of(folder), Samples.of(tmp_path / "a.npz")):
+        for first, last in ((0, 11), (1, 3), (2, 7), (5, 11), (10, 11)):
+            read, named = zip(*samples.batches(3, last - first, first), strict=True)
+            assert np.array_equal(torch.cat(read).permute(0, 2, 3, 1).numpy(), images[first:last])
+            assert torch.cat(named).tolist() == labels[first:last].tolist()
+        with pytest.raises(InputError, match="got count 7 .* expected 1 to 6"):
+            next(samples.batches(3, 7, 5))
+
+
+# --- records ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        ({"count": 7}, "with count 11, and 7 by its record"),
+        ({"bytes": 7}, "and 7 by its record"),
+        ({"samples_sha256": hashlib.sha256(bytes(11 * 105)).hexdigest()}, "by their hash"),
+    ],
+)
+@pytest.mark.parametrize("form", ["file", "folder"])
+def test_a_record_of_other_samples_is_not_believed(told, said, form, tmp_path):
+    images, labels = levels(11), np.arange(11) % 4
+    folder = shards(tmp_path / "a.shards", images, labels, (2, 7))
+    np.savez(tmp_path / "a.npz", arr_0=images, arr_1=labels)
+    path, record = (folder, folder / "record.json") if form == "folder" else (tmp_path / "a.npz", tmp_path / "a.json")
+    files = sorted(folder.glob("*.npz")) if form == "folder" else [path]
+    true = {
+        "count": 11,
+        "bytes": sum(file.stat().st_size for file in files),
+        "samples_sha256": hashlib.sha256(images.tobytes()).hexdigest(),
+    }
+    record.write_text(json.dumps(true))
+    assert np.array_equal(joined(Samples.of(path), 4)[0], images)
+    record.write_text(json.dumps({**true, **told}))
+    assert said in refusal(path)
+
+
 # --- folders of images -----------------------------------------------------------------------------------------------
 
 
@@ -186,6 +231,29 @@ def test_an_archive_that_tells_more_than_it_can_hold_is_refused(packing, tmp_pat
     assert f"tells {int.from_bytes(told, 'little')} bytes" in refusal(tmp_path / "a.npz")
 
 
+@pytest.mark.parametrize("shape", [(1, 9_000, 9_000, 1), (2**27 + 1, 1, 1, 1)])
+def test_what_would_not_fit_is_refused_although_a_small_file_holds_it(shape, tmp_path):
+    """The values are there, deflated a thousandfold."""
+    with zipfile.ZipFile(tmp_path / "a.npz", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        with archive.open("arr_0.npy", "w") as member:
+            member.write(header(shape))
+            for _ in range(shape[0] * shape[1] * shape[2] // 2**20):
+                member.write(bytes(2**20))
+            member.write(bytes(shape[0] * shape[1] * shape[2] % 2**20))
+    tracemalloc.start()
+    said = refusal(tmp_path / "a.npz")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert "expected 134217728 at most of 64 MiB at most" in said and peak < 2**20
+
+
+def test_large_images_are_read_one_after_the_other(tmp_path, monkeypatch):
+    np.savez(tmp_path / "a.npz", arr_0=levels(11))
+    monkeypatch.setattr(pathline.metrics.samples, "_AT_ONCE", 211)
+    batches = [len(images) for images, _ in Samples.of(tmp_path / "a.npz").batches(7)]
+    assert batches == [2, 2, 2, 2, 2, 1]
+
+
 @pytest.mark.parametrize("kept", [0, 50, 200, -30])
 def test_a_truncated_file_is_refused(kept, tmp_path):
     np.savez(tmp_path / "a.npz", arr_0=levels(3))
@@ -206,7 +274,7 @@ def test_shards_that_are_not_all_of_one_drawing_are_refused(tmp_path):
     folder = shards(tmp_path / "a", images, labels, (2, 4))
     assert "is not finished" in refusal(folder)
     (folder / "record.json").write_text(json.dumps({"count": 7}))
-    assert "got 6 samples" in refusal(folder)
+    assert "with count 6, and 7 by its record" in refusal(folder)
     (folder / "record.json").write_text(json.dumps({"count": 6}))
     (folder / "shard-00001.npz").rename(folder / "shard-00003.npz")
     assert "without shard-00001.npz" in refusal(folder)
