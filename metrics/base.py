@@ -68,10 +68,12 @@ class Metric(ABC):
 
     Attributes:
         output: which output of the feature space the metric is of.
+        labelled: whether it needs the labels that were asked for.
         count: samples so far.
     """
 
     output: ClassVar[str] = "features"
+    labelled: ClassVar[bool] = False
 
     def __init__(self, real: Reference | None, features: Features | None = None) -> None:
         if features is not None and self.output not in features.sizes:
@@ -81,6 +83,33 @@ class Metric(ABC):
             )
         self.real, self.features = real, features
         self.count = 0
+
+    @property
+    def least(self) -> int:
+        """Number of samples that it needs."""
+        return 1
+
+    def expects(self, count: int, *, labelled: bool) -> None:
+        """Check what can be checked before the first sample is there, so that none is drawn or read in vain.
+
+        Args:
+            count: number of samples to come.
+            labelled: whether they will have labels.
+
+        Raises:
+            InputError: too few, or without the labels that the metric needs.
+            DataError: a reference that does not have what the metric compares with.
+        """
+        if count < self.least:
+            raise InputError(f"got {count} samples, expected at least {self.least}; {self.advice()}")
+        if self.labelled and not labelled:
+            raise InputError(
+                f"got samples without labels for {type(self).__name__}, expected those that were asked for"
+            )
+
+    def advice(self) -> str:
+        """Return what to do about too few samples."""
+        return "draw more"
 
     def update(self, batch: Mapping[str, Tensor]) -> None:
         """Take a batch in.
@@ -133,10 +162,10 @@ class Metric(ABC):
         other.load(state)  # which makes containers of its own
         self.merge(other)
 
-    def need(self, count: int) -> None:
-        """Raise InputError unless at least ``count`` samples have been taken in."""
-        if self.count < count:
-            raise InputError(f"got {self.count} samples, expected at least {count}; draw more")
+    def need(self) -> None:
+        """Raise InputError unless as many samples have been taken in as it needs."""
+        if self.count < self.least:
+            raise InputError(f"got {self.count} samples, expected at least {self.least}; {self.advice()}")
 
     def compared(self) -> Reference:
         """Return the reference; raises InputError without one."""

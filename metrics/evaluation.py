@@ -55,6 +55,19 @@ class Evaluation:
         self._components = [component(metric) for metric in metrics]
         self.metrics = [self._built(named) for named in self._components]
 
+    def expects(self, count: int, *, labelled: bool) -> None:
+        """Check what can be checked before the first sample is there, as ``Metric.expects`` does, of all metrics.
+
+        Args:
+            count: number of samples to come, of all processes.
+            labelled: whether they will have labels.
+
+        Raises:
+            InputError, DataError: samples or a reference that do not suffice.
+        """
+        for metric in self.metrics:
+            metric.expects(count, labelled=labelled)
+
     def update(self, images: Tensor, labels: Tensor | None = None, indices: Tensor | None = None) -> None:
         """Take a batch in.
 

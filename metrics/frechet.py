@@ -134,6 +134,16 @@ class Frechet(Metric):
         self.groups = groups
         self.parts = [Moments() for _ in range(max(1, groups))]
 
+    @property
+    def least(self) -> int:
+        """Number of samples of a covariance."""
+        return 2
+
+    def expects(self, count: int, *, labelled: bool) -> None:
+        """See ``Metric``."""
+        super().expects(count, labelled=labelled)
+        self.compared().prepare(*self.space())
+
     def take(self, batch: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
         """Update the moments."""
         rows = outputs[self.output]
@@ -163,7 +173,7 @@ class Frechet(Metric):
 
     def compute(self) -> Record:
         """Return the distance."""
-        self.need(2)
+        self.need()
         reference, (features, output) = self.compared(), self.space()
         known = reference.statistics(features, output)
         moments, real = _merged(self.parts), reference.stand_in(features, output, self.count)

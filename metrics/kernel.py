@@ -85,13 +85,27 @@ class KernelInception(Collecting):
             )
         self.subsets, self.size, self.seed, self.references = subsets, size, seed, references
 
+    @property
+    def least(self) -> int:
+        """Samples of a subset."""
+        return self.size
+
+    def advice(self) -> str:
+        """See ``Metric``."""
+        return "draw more, or set kid.size to fewer"
+
+    def expects(self, count: int, *, labelled: bool) -> None:
+        """See ``Metric``."""
+        super().expects(count, labelled=labelled)
+        self.compared().prepare(*self.space(), vectors=self.size)
+
     def compute(self) -> Record:
         """Return the mean over subsets, and their standard deviation."""
-        self.need(self.size)
+        self.need()
         reference, (features, output) = self.compared(), self.space()
         real = reference.vectors(features, output, self.references)
         if len(real) < self.size:
-            raise InputError(f"got {len(real)} reference images for subsets of {self.size}; set size to fewer")
+            raise InputError(f"got {len(real)} reference images for subsets of {self.size}; set kid.size to fewer")
         real = real.to(features.device)
         found = self._of(self.kept, real)
         training = reference.stand_in(features, output, self.count)

@@ -153,13 +153,15 @@ class LabelAgreement(_OfHalves):
         classifier: trained on the first.
     """
 
+    labelled = True
+
     def __init__(self, real: Reference, classifier: DigitsCNN) -> None:
         super().__init__(real)
         self.classifier = classifier
 
     def compute(self) -> Record:
         """Return both shares."""
-        self.need(1)
+        self.need()
         return Record(
             "label agreement",
             self.count,
@@ -197,9 +199,19 @@ class PrecisionRecall(Collecting):
         super().__init__(real, features)
         self.k, self.references = k, references
 
+    @property
+    def least(self) -> int:
+        """A sample and its neighbours."""
+        return self.k + 1
+
+    def expects(self, count: int, *, labelled: bool) -> None:
+        """See ``Metric``."""
+        super().expects(count, labelled=labelled)
+        self.compared().prepare(*self.space(), vectors=self.least)
+
     def compute(self) -> Record:
         """Return precision and recall."""
-        self.need(self.k + 1)
+        self.need()
         reference, (features, output) = self.compared(), self.space()
         real = reference.vectors(features, output, self.references)
         training = reference.stand_in(features, output, self.count)
@@ -230,9 +242,14 @@ class Memorisation(_OfHalves):
     Real samples in their place are as many held-out images; for these, the held-out image next to one is another one.
     """
 
+    @property
+    def least(self) -> int:
+        """Two, which are told from two others."""
+        return 2
+
     def compute(self) -> Record:
         """Return the smallest distance and three shares."""
-        self.need(2)
+        self.need()
         held_out = self.real.images("held_out", self.count).flatten(1)
         return Record(
             "memorisation, pixels",

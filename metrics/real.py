@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pathline import data
 from pathline.core.checks import check_finite, check_labels
-from pathline.core.errors import InputError, InputTypeError
+from pathline.core.errors import DataError, InputError, InputTypeError
 from pathline.data import Dataset
 from pathline.metrics.features import Features
 from pathline.metrics.moments import Moments, Statistics
@@ -93,6 +93,19 @@ class Reference(ABC):
             DataError: as for ``statistics``.
         """
 
+    def prepare(self, features: Features, output: str, vectors: int = 0) -> None:
+        """Check, as far as it is cheap, that it has an output of a feature space; files are read, images are not.
+
+        Args:
+            features: the space.
+            output: of it.
+            vectors: number of images whose features are needed; 0 for statistics.
+
+        Raises:
+            DataError: it has none of that space, of other weights, or of fewer images.
+        """
+        del features, output, vectors
+
     def doubts(self, features: Features) -> tuple[str, ...]:
         """Return what is to be said of this reference beside this feature space."""
         del features
@@ -134,6 +147,11 @@ class Real(Reference):
     def num_classes(self) -> int:  # type: ignore[override]  # as above
         """Number of labels."""
         return self.training.num_classes
+
+    def prepare(self, features: Features, output: str, vectors: int = 0) -> None:
+        """See ``Reference``; of the held-out half."""
+        if vectors > len(self.held_out):
+            raise DataError(f"got {len(self.held_out)} held-out images, expected at least {vectors}; use larger data")
 
     def images(self, half: str, count: int | None = None) -> Tensor:
         """Return the first ``count`` images of the half ``training`` or ``held_out``, (M, C, H, W)."""

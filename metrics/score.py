@@ -69,9 +69,14 @@ class InceptionScore(Collecting):
             raise InputError(f"got splits {splits!r}, expected 1 or more, or None for blocks of {BLOCK}")
         self.splits, self.shuffle = splits, shuffle
 
+    @property
+    def least(self) -> int:
+        """One sample a split."""
+        return self.splits or 1
+
     def compute(self) -> Record:
         """Return the mean over splits, and their standard deviation."""
-        self.need(self.splits or 1)
+        self.need()
         features, _ = self.space()
         found = scores(self.kept, self.splits, shuffle=self.shuffle)
         cut = f"{self.splits} splits" if self.splits else f"consecutive blocks of {BLOCK}"

@@ -120,6 +120,11 @@ class ImageReference(Reference):
         manifest = {"kind": "images", "path": samples.path.name, "count": samples.count, "shape": list(samples.shape)}
         return cls(manifest, samples.shape, samples.count, lambda: (images for images, _ in samples.batches(_BATCH)))
 
+    def prepare(self, features: Features, output: str, vectors: int = 0) -> None:
+        """See ``Reference``."""
+        if vectors > self.count:
+            raise DataError(f"got a reference of {self.count} images, expected at least {vectors}; give more")
+
     def statistics(self, features: Features, output: str) -> Statistics:
         """See ``Reference``."""
         return self._collected(features, 0).moments[output].statistics

@@ -57,6 +57,13 @@ class StatisticsReference(Reference):
             raise DataError(f"got {path} with images of shape {shape}, expected [C, H, W]; write it anew")
         self.shape = None if shape is None else (int(shape[0]), int(shape[1]), int(shape[2]))
 
+    def prepare(self, features: Features, output: str, vectors: int = 0) -> None:
+        """See ``Reference``."""
+        if not vectors:
+            self.statistics(features, output)
+        elif len(self.vectors(features, output)) < vectors:
+            raise DataError(f"got {self.path} with fewer than {vectors} vectors; write it with more by --kept")
+
     def statistics(self, features: Features, output: str) -> Statistics:
         """See ``Reference``."""
         self._match(features)
@@ -167,6 +174,13 @@ class AdmReference(Reference):
             "shape": None if self.shape is None else list(self.shape),
         }
 
+    def prepare(self, features: Features, output: str, vectors: int = 0) -> None:
+        """See ``Reference``."""
+        if not vectors:
+            self.statistics(features, output)
+        else:
+            self._images(output).prepare(features, output, vectors)
+
     def statistics(self, features: Features, output: str) -> Statistics:
         """See ``Reference``."""
         if features.name != "inception" or output not in self.held:
@@ -182,9 +196,12 @@ class AdmReference(Reference):
 
     def vectors(self, features: Features, output: str, count: int | None = None) -> Tensor:
         """See ``Reference``; of ``arr_0``."""
+        return self._images(output).vectors(features, output, count)
+
+    def _images(self, output: str) -> ImageReference:
         if self.images is None:
             raise DataError(f"got {self.path} without images arr_0, expected them for {output}; give images")
-        return self.images.vectors(features, output, count)
+        return self.images
 
     def doubts(self, features: Features) -> tuple[str, ...]:
         """See ``Reference``: the statistics are of the published weights."""

@@ -345,6 +345,31 @@ def test_what_needs_a_reference_says_so(real):
         metric.compute()
 
 
+@pytest.mark.parametrize(
+    ("asked", "count", "labelled", "message"),
+    [
+        ({"name": "kid", "size": 40}, 39, True, "got 39 samples, expected at least 40; draw more, or set kid.size to"),
+        ({"name": "kid", "size": 901, "references": 901}, 950, True, "got 899 held-out images, expected at least 901"),
+        ({"name": "precision-recall", "k": 5}, 5, True, "got 5 samples, expected at least 6; draw more"),
+        ({"name": "inception-score", "splits": 3}, 2, True, "got 2 samples, expected at least 3"),
+        ({"name": "fid"}, 1, True, "got 1 samples, expected at least 2"),
+        ("memorisation", 1, True, "got 1 samples, expected at least 2"),
+        ({"name": "label-agreement"}, 9, False, "got samples without labels for LabelAgreement"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_any_sample(asked, count, labelled, message, real, judge):
+    name = asked if isinstance(asked, str) else asked["name"]
+    needs = {"memorisation": {}, "label-agreement": {"classifier": judge.classifier}}
+    named = {"name": name} if isinstance(asked, str) else asked
+    evaluation = Evaluation(["memorisation", {**named, **needs.get(name, {"features": Several()})}], real)
+    with pytest.raises(PathlineError, match=message):
+        evaluation.expects(count, labelled=labelled)
+    enough = Evaluation(
+        [{**named, **needs.get(name, {"features": Several()}), **({"size": 40} if name == "kid" else {})}], real
+    )
+    enough.expects(50, labelled=True)
+
+
 def test_samples_by_number_come_once_and_all_have_one(real):
     evaluation = Evaluation(["memorisation"], real)
     images, labels = digits(6)

@@ -359,6 +359,31 @@ def test_a_failed_command_leaves_no_file(registered, monkeypatch, tmp_path, caps
     assert [path.name for path in tmp_path.iterdir()] == ["real.npz"]
 
 
+def test_references_that_do_not_suffice_are_refused_before_any_sample(written, tmp_path):
+    """Nothing of what is refused here is an image run through a network."""
+    adm(tmp_path / "adm.npz", arr_0=None, mu_s=None)
+    images = Reference.of(write_images(tmp_path / "few.npz", drawn(4)))
+    ours, adms = Reference.of(written), Reference.of(tmp_path / "adm.npz")
+    full, other = Projected(sizes=FULL), Projected(sha256="cd" * 32)
+    small = {"name": "kid", "size": 21, "references": 21}
+    for reference, space, asked, message in (
+        (ours, other, "fid", "real.safetensors with statistics of another feature space"),
+        (ours, other, "precision-recall", "real.safetensors with statistics of another feature space"),
+        (ours, Projected(), small, "real.safetensors with fewer than 21 vectors"),
+        (adms, Projected(), "fid", r"adm.npz, .*another feature space|mu of .* in .*adm.npz"),
+        (adms, full, "sfid", "adm.npz with features of inception, expected spatial"),
+        (adms, full, "precision-recall", "adm.npz without images arr_0"),
+        (images, Projected(), small, "got a reference of 4 images, expected at least 21"),
+    ):
+        named = {"name": asked} if isinstance(asked, str) else asked
+        with pytest.raises(DataError, match=message):
+            Evaluation([{**named, "features": space}], reference).expects(50, labelled=False)
+        assert not space.images
+    Evaluation([{"name": name, "features": full} for name in ("fid",)], adms).expects(50, labelled=False)
+    names = ("fid", "sfid", "precision-recall")
+    Evaluation([{"name": name, "features": Projected()} for name in names], ours).expects(50, labelled=False)
+
+
 def test_references_of_metrics_that_need_halves(space, tmp_path):
     reference = Reference.of(write_images(tmp_path / "real.npz", drawn()))
     with pytest.raises(InputError, match="which needs the halves train and held-out"):
