@@ -61,15 +61,8 @@ class Filled:
             autoencoder is given that decodes them.
     """
 
-    def __init__(
-        self, state: weights.State, family: WeightFamily, configuration: Configuration, scale: float | None
-    ) -> None:
-        self.state, self.family = state, family
-        shape, classes = configuration.data["shape"], configuration.data["num_classes"]
-        images = shape[0] in (1, 3) and configuration.autoencoder is None
-        of = None if images else _latents_of(shape[0], scale)
-        told = {"shape": shape, "num_classes": classes, "data_are_images": images, "latents_of": of}
-        self.data = Described({"samples": told})
+    def __init__(self, state: weights.State, family: WeightFamily, samples: Mapping[str, Any]) -> None:
+        self.state, self.family, self.data = state, family, Described({"samples": samples})
 
     def __call__(self, backbone: nn.Module) -> None:
         """Load them; raises WeightsError where they do not fit."""
@@ -109,13 +102,22 @@ def read_released(path: Path, words: Sequence[str]) -> tuple[ReleasedConfigurati
     defects = _known_defects(wanted.defects, family)
     options = _with_backbone_defects(own.get("backbone", {}), defects)
     entries = _entries(weights.component(state, family, **options), family)
+    stand_in = entries["data"]
     entries = overrides.apply(entries, [word for word in words if not word.startswith(RELEASED_WORDS)])
     if entries.get("sample", {}).get("average") is not None:
         raise ConfigurationError("sample.average: names an average of train.py's; name a file's weights by weights.key")
     filled = resolve(_with_defects(entries, defects))
     weights.check_fit(filled.backbone, state, family)
     released = Released(**{**dict(wanted), "family": family.name, "key": key}, file=path.name, sha256=digest(path))
-    fill = Filled(state, family, filled, wanted.latent_scale)
+    made = filled.data if filled.data["name"] == stand_in["name"] else stand_in  # others are to measure the model on
+    shape, images = made["shape"], made["shape"][0] in (1, 3) and filled.autoencoder is None
+    samples = {
+        "shape": shape,
+        "num_classes": made["num_classes"],
+        "data_are_images": images,
+        "latents_of": None if images else _latents_of(shape[0], wanted.latent_scale),
+    }
+    fill = Filled(state, family, samples)
     return ReleasedConfiguration(**{**dict(filled), "weights": released}), fill
 
 
