@@ -19,11 +19,11 @@ from lightning_fabric import Fabric
 
 import pathline
 from pathline import data, metrics
-from pathline.core import overrides
 from pathline.core.errors import ConfigurationError, DataError, PathlineError, UnknownNameError, suggest
 from pathline.core.flow import Flow
 from pathline.metrics import Real, Record, Reference, models, results
 from pathline.metrics.evaluation import Evaluation, component
+from pathline.metrics.options import options_of, with_options
 from pathline.metrics.report import Judge, measure_model, measure_samples, summary, table
 from pathline.metrics.results import Result
 from pathline.metrics.samples import Samples
@@ -143,10 +143,8 @@ def _measure_samples(given: argparse.Namespace, names: Sequence[str] | None) -> 
         _judge(reference, read, given.count)
         return
     asked = names or ADM
-    options = _options(given.option, asked)
-    built = [component(name) for name in asked]
-    built = [{**named, **options.get(named["name"], {})} for named in built]
-    evaluation = Evaluation(built, reference, _device(given), features=options)
+    options = options_of(given.option, asked)
+    evaluation = Evaluation(with_options(asked, options), reference, _device(given), features=options)
     for samples in read:
         records = measure_samples(evaluation.fresh(), samples, given.count or samples.count, given.batch)
         _report(samples, records)
@@ -201,16 +199,6 @@ def _how(samples: Samples) -> str:
     return "".join(f", {unit}{word}" for unit, word in words.items() if word is not None)
 
 
-def _options(words: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Return options by the names of metrics, of those that are asked for, and of feature spaces."""
-    options = overrides.apply({}, list(words))
-    known = {*(component(name)["name"] for name in names), *metrics.features.names()}
-    for name, given in options.items():
-        if name not in known or not isinstance(given, dict):
-            raise UnknownNameError(f"got options of {name!r}, which is not asked for; {suggest(name, known)}")
-    return options
-
-
 def _device(given: argparse.Namespace) -> torch.device:
     if given.device is None:
         return Fabric(accelerator="auto", devices=1).device
@@ -233,7 +221,7 @@ def _measure_models(given: argparse.Namespace, names: Sequence[str]) -> None:
         entry = {**entry, "split": "held-out"}
     dataset, backbone = data.build(entry), parts.backbone.to(_device(given))
     flow = Flow(backbone, parts.interpolant, parts.objective.predicts)  # type: ignore[arg-type]  # checked there
-    options = _options(given.option, names)
+    options = options_of(given.option, names)
     built = [models.build(name, **options.get(name, {})) for name in names]
     for metric in built:
         metric.check(flow)
