@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +13,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pathline.core.errors import DataError
 
-__all__ = ["EXTENSIONS", "decode", "is_image", "rgb", "rules"]
+__all__ = ["EXTENSIONS", "decode", "is_image", "rgb", "rules", "size_in"]
 
 EXTENSIONS = frozenset(
     {".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"}
@@ -54,24 +57,19 @@ def decode(content: bytes, name: str, *, exif: bool = False) -> Image.Image:
     Raises:
         DataError: truncated, no image, larger than Pillow's limit, or of a kind that has no one meaning in 8 bits.
     """
-    try:
-        with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
-            _check_size(image, name)
-            clear = _transparent(image)
-            image.load()
-            if clear is not None:
-                image.info["transparency"] = clear
-            turned = ImageOps.exif_transpose(image) if exif else image
-            return rgb(turned, name)
-    except DataError:
-        raise
-    except UnidentifiedImageError as error:
-        raise DataError(
-            f"got {name} of {len(content)} bytes, which is no image of the kinds {', '.join(_FORMATS)}, or whose first "
-            "bytes are damaged; replace it, or leave it out"
-        ) from error
-    except Exception as error:  # damaged files make decoders raise nearly anything
-        raise DataError(f"got {name}, which cannot be decoded: {error}; replace it, or leave it out") from error
+    with _opened(content, name) as image:
+        clear = _transparent(image)
+        image.load()
+        if clear is not None:
+            image.info["transparency"] = clear
+        turned = ImageOps.exif_transpose(image) if exif else image
+        return rgb(turned, name)
+
+
+def size_in(content: bytes | Path, name: str) -> tuple[int, int]:
+    """Return width and height that an image's header tells, before any orientation; raises DataError as ``decode``."""
+    with _opened(content, name) as image:
+        return image.size
 
 
 def rgb(image: Image.Image, name: str) -> Image.Image:
@@ -95,6 +93,25 @@ def rgb(image: Image.Image, name: str) -> Image.Image:
     return image.convert("RGB")
 
 
+@contextmanager
+def _opened(content: bytes | Path, name: str) -> Iterator[Image.Image]:
+    """Open an image, its pixels not decoded yet; what is raised meanwhile becomes a DataError that names it."""
+    try:
+        with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content, formats=_FORMATS) as image:
+            _check_size(image, name)
+            yield image
+    except DataError:
+        raise
+    except UnidentifiedImageError as error:
+        size = f" of {len(content)} bytes" if isinstance(content, bytes) else ""
+        raise DataError(
+            f"got {name}{size}, which is no image of the kinds {', '.join(_FORMATS)}, or whose first bytes are "
+            "damaged; replace it, or leave it out"
+        ) from error
+    except Exception as error:  # damaged files make decoders raise nearly anything
+        raise DataError(f"got {name}, which cannot be decoded: {error}; replace it, or leave it out") from error
+
+
 def _scaled(image: Image.Image, name: str) -> Image.Image:
     """Return grey of 16 bits in 8: round(x/257), which takes 0 to 0 and 65535 to 255."""
     tags = getattr(image, "tag_v2", None)  # of TIFF
@@ -111,7 +128,7 @@ def _scaled(image: Image.Image, name: str) -> Image.Image:
 
 
 def _transparent(image: Image.Image) -> Any:
-    """Return the transparent level or colour of an image that is opened and not yet decoded, as its pixels will have it.
+    """Return the transparent level or colour of an image that is opened, as its pixels will have it once decoded.
 
     PNG tells of it as it is stored: grey of 2 and 4 bits is scaled, and of colours of 16 bits the high byte is kept,
     by Pillow, which leaves what is told as it is. None for an image without, or where that needs no change.

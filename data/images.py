@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -17,16 +17,19 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from pathline.core.draws import BoundDraws
+from pathline.core.draws import BoundDraws, Draws
 from pathline.core.errors import DataError, InputError, InputTypeError
 from pathline.data.base import Batch, Dataset, Indices, as_indices, registry
 from pathline.data.crop import CROP, centre_crop
+from pathline.data.layouts.base import SURVEYED
 from pathline.data.sources import source_of
 from pathline.data.visits import flips
 
 __all__ = ["Images"]
 
+Value = TypeVar("Value")
 _CHUNK = 256  # images that the statistics take at once
+_HEADERS = 4096  # images whose sizes are asked for at once
 _HIGHEST = 255
 
 
@@ -39,7 +42,8 @@ class Images(Dataset):
 
     Args:
         path: of the folder or the file.
-        resolution: R, in pixels; None takes images as they are, which then all have to be squares of one size.
+        resolution: R, in pixels; None takes images as they are, which then all have to be squares of one size:
+            the headers of all are read first.
         source: what lies there, a name of ``pathline.data.sources`` or ``{name: …}`` with its options; ``auto`` tells
             it from the path.
         flip: whether a visit of training mirrors an image, left to right, with probability 1/2.
@@ -48,7 +52,8 @@ class Images(Dataset):
         workers: threads that decode.
 
     Raises:
-        DataError: nothing that can be read at the path, or labels that do not belong to the images.
+        DataError: nothing that can be read at the path, labels that do not belong to the images, or, without a
+            resolution, images that are no squares of one size.
         InputError: a resolution or a number of threads below 1, or another number of channels.
         InputTypeError: an option of another type.
     """
@@ -80,9 +85,9 @@ class Images(Dataset):
         labels = self.source.labels
         self._labels = torch.zeros(len(self.source)).long() if labels is None else torch.tensor(labels).long()
         self.num_classes = len(self.source.class_names)
-        side = self.source.read(0).width if resolution is None else resolution
-        self.shape = (channels, side, side)
         self._threads: tuple[int, ThreadPoolExecutor] | None = None
+        side = self._common_side() if resolution is None else resolution
+        self.shape = (channels, side, side)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -112,13 +117,14 @@ class Images(Dataset):
 
     @cached_property
     def statistics(self) -> dict[str, Any]:
-        """Mean and standard deviation of each channel, and the range; one pass over all images, when first asked.
+        """Mean and standard deviation of each channel, and the range, of 10,000 images drawn with seed 0, or of all.
 
-        They are exact: each level of each channel is counted.
+        ``over`` tells of how many. Of these they are exact: each level of each channel is counted.
         """
+        rows = np.sort(Draws(0).permutation("statistics", len(self))[:SURVEYED])
         counts = np.zeros((self.shape[0], _HIGHEST + 1), np.int64)
-        for start in range(0, len(self), _CHUNK):
-            images = self._pixels(np.arange(start, min(start + _CHUNK, len(self))), None)
+        for start in range(0, len(rows), _CHUNK):
+            images = self._pixels(rows[start : start + _CHUNK], None)
             for channel in range(len(counts)):
                 counts[channel] += np.bincount(images[:, channel].reshape(-1), minlength=_HIGHEST + 1)
         values, number = np.arange(_HIGHEST + 1) / 127.5 - 1, int(counts[0].sum())
@@ -129,6 +135,7 @@ class Images(Dataset):
             "mean": means.tolist(),
             "std": np.sqrt(squares / max(number - 1, 1)).tolist(),
             "range": [float(seen[0]), float(seen[-1])],
+            "over": {"samples": len(rows), "of": len(self), "seed": 0},
         }
 
     @cached_property
@@ -164,19 +171,37 @@ class Images(Dataset):
     def _image(self, index: int) -> NDArray[np.uint8]:
         """Return an image as (R, R, C)."""
         image, (channels, side, _) = self.source.read(index), self.shape
-        if self.resolution is None and image.size != (side, side):
-            raise DataError(
-                f"got {self.source.keys[index]} of {image.width} x {image.height} pixels, expected {side} x {side} "
-                f"beside {self.source.keys[0]}; set resolution, to have all of them cut to one size"
-            )
+        if self.resolution is None:  # the file may be another one since its header was read
+            self._check_size(index, image.size, side)
         try:
             pixels = centre_crop(image, side)
         except InputError as error:
             raise DataError(f"got {self.source.keys[index]}, which cannot be cut: {error}") from error
         return pixels if channels == 3 else np.asarray(Image.fromarray(pixels).convert("L"))[..., None]
 
-    def _spread(self, fill: Callable[[int], None], rows: range) -> Iterable[None]:
-        """Call a function for each row, on several threads; what it raises is raised here."""
+    def _common_side(self) -> int:
+        """Return the side of all images; raises DataError, naming one, where they are no squares of one size."""
+        side, height = self.source.size(0)
+        if side != height:
+            raise DataError(
+                f"got {self.source.keys[0]} of {side} x {height} pixels, expected a square; set resolution, to have "
+                "all images cut to squares of one size"
+            )
+        for start in range(0, len(self), _HEADERS):
+            rows = range(start, min(start + _HEADERS, len(self)))
+            for row, size in zip(rows, self._spread(self.source.size, rows), strict=True):
+                self._check_size(row, size, side)
+        return side
+
+    def _check_size(self, index: int, size: tuple[int, int], side: int) -> None:
+        if size != (side, side):
+            raise DataError(
+                f"got {self.source.keys[index]} of {size[0]} x {size[1]} pixels, expected {side} x {side} beside "
+                f"{self.source.keys[0]}; set resolution, to have all of them cut to one size"
+            )
+
+    def _spread(self, fill: Callable[[int], Value], rows: range) -> Iterable[Value]:
+        """Call a function for each row, on several threads, and return what it gives; what it raises is raised here."""
         if self.workers == 1 or len(rows) < 2:
             return map(fill, rows)
         if self._threads is None or self._threads[0] != os.getpid():  # no thread goes along into a forked process

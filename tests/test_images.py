@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -187,6 +189,22 @@ def test_statistics(folder, channels, monkeypatch):
     assert found["mean"] == pytest.approx(values.mean(1).tolist(), abs=1e-7)
     assert found["std"] == pytest.approx(values.std(1).tolist(), rel=1e-7)
     assert found["range"] == pytest.approx([float(values.min()), float(values.max())], abs=1e-7)
+    assert found["over"] == {"samples": 11, "of": 11, "seed": 0}
+
+
+def test_statistics_of_large_sets_are_those_of_a_part(folder, monkeypatch):
+    monkeypatch.setattr("pathline.data.images._CHUNK", 2)
+    monkeypatch.setattr("pathline.data.images.SURVEYED", 5)
+    path, expected = folder
+    rows = Draws(0).permutation("statistics", 11)[:5]
+    images, asked = build(path, workers=1), []
+    read = images.source.read
+    monkeypatch.setattr(images.source, "read", lambda index: asked.append(index) or read(index))
+    values = torch.from_numpy(expected[rows]).double().div(127.5).sub(1).transpose(0, 1).flatten(1)
+    assert images.statistics["mean"] == pytest.approx(values.mean(1).tolist(), abs=1e-7)
+    assert images.statistics["std"] == pytest.approx(values.std(1).tolist(), rel=1e-7)
+    assert images.statistics["over"] == {"samples": 5, "of": 11, "seed": 0}
+    assert sorted(asked) == sorted(rows.tolist())
 
 
 def test_the_manifest(folder):
@@ -221,12 +239,42 @@ def test_an_image_that_cannot_be_read_is_named(folder, workers):
     assert np.array_equal(images.load([5, 7], Draws(0).at(range(2)))["data"].numpy(), expected[[5, 7]])
 
 
+@pytest.mark.parametrize("workers", [1, 3])
 @pytest.mark.parametrize(("size", "said"), [((5, 6), "5 x 6"), ((6, 6), "6 x 6")])
-def test_mixed_sizes_are_named_unless_they_are_cut(size, said, tmp_path):
+def test_mixed_sizes_are_named_at_once_unless_they_are_cut(size, said, workers, tmp_path, monkeypatch):
+    monkeypatch.setattr("pathline.data.images._HEADERS", 3)
     write(tmp_path, [(5, 5)] * 8 + [size] + [(5, 5)] * 2)
     with pytest.raises(DataError, match=rf"got cow/0\.png of {said} pixels, expected 5 x 5 beside ant/0\.png"):
-        build(tmp_path, resolution=None).batch(range(11))
+        build(tmp_path, resolution=None, workers=workers)
     assert build(tmp_path, resolution=5).batch(range(11))["data"].shape == (11, 3, 5, 5)
+
+
+@pytest.mark.parametrize("layout", ["folder", "zip", "npz"])
+def test_images_that_are_no_squares_are_named_unless_they_are_cut(layout, tmp_path):
+    pictures, place = write(tmp_path / "set", [(30, 20)] * 11), tmp_path / "set"
+    if layout == "zip":
+        place = Path(shutil.make_archive(str(place), "zip", place))
+    elif layout == "npz":
+        np.savez(place := tmp_path / "x.npz", np.stack(pictures))
+    with pytest.raises(DataError, match=r"got (ant/0\.png|0{8}) of 30 x 20 pixels, expected a square; set resolution"):
+        build(place, resolution=None)
+    assert build(place, resolution=8).shape == (3, 8, 8)
+
+
+def test_pixels_are_not_decoded_for_the_sizes(tmp_path):
+    """Headers alone are read; a file that is replaced by one of another size is named when it is visited."""
+    write(tmp_path, [(5, 5)] * 11)
+    broken = tmp_path / KEYS[6]
+    broken.write_bytes(broken.read_bytes()[:50])  # a header, and no pixels
+    images = build(tmp_path, resolution=None)
+    with pytest.raises(DataError, match=f"got {broken}, which cannot be decoded"):
+        images.batch([6])
+    broken.write_bytes(b"none")
+    with pytest.raises(DataError, match=f"got {broken}, which is no image of the kinds"):
+        build(tmp_path, resolution=None)
+    Image.fromarray(picture(0, 6, 6)).save(broken)
+    with pytest.raises(DataError, match=rf"got {KEYS[6]} of 6 x 6 pixels, expected 5 x 5 beside"):
+        images.batch([6])
 
 
 def test_an_image_too_thin_to_be_scaled_is_named(tmp_path, monkeypatch):

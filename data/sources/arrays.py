@@ -83,6 +83,16 @@ class ArraySource(ImageSource):
         pixels = self.pixels(index)
         return Image.fromarray(pixels[..., 0] if pixels.shape[2:] == (1,) else pixels).convert("RGB")
 
+    def size(self, index: int) -> tuple[int, int]:
+        """Return width and height, the same of all images."""
+        del index
+        return self._size
+
+    @cached_property
+    def _size(self) -> tuple[int, int]:
+        height, width = self.pixels(0).shape[:2]
+        return width, height
+
     @cached_property
     def manifest(self) -> dict[str, Any]:
         """Name, number of images and classes, hash of keys and labels, and the files' sizes."""

@@ -40,6 +40,10 @@ class ImageSource(ABC):
             DataError: it cannot be decoded; names the file.
         """
 
+    def size(self, index: int) -> tuple[int, int]:
+        """Return width and height of an image, as it is stored; raises DataError as ``read``."""
+        return self.read(index).size
+
     @property
     @abstractmethod
     def manifest(self) -> Mapping[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from PIL import Image
 
-from pathline.data.decode import decode, rules
+from pathline.data.decode import decode, rules, size_in
 from pathline.data.sources.base import ImageSource
 from pathline.data.sources.keys import Labels, fingerprint
 
@@ -50,6 +50,10 @@ class EncodedSource(ImageSource):
     def read(self, index: int) -> Image.Image:
         """Return an image in RGB; raises DataError, naming the file, if it cannot be read or decoded."""
         return decode(self.content(index), self.name(index), exif=self.exif)
+
+    def size(self, index: int) -> tuple[int, int]:
+        """Return width and height that a header tells, before any orientation."""
+        return size_in(self.content(index), self.name(index))
 
     @cached_property
     def manifest(self) -> dict[str, Any]:

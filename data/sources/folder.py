@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from pathline.core.errors import DataError
-from pathline.data.decode import is_image
+from pathline.data.decode import is_image, size_in
 from pathline.data.sources.base import check_options, registry
 from pathline.data.sources.encoded import EncodedSource
 from pathline.data.sources.files import as_path, read_file, size_of
@@ -52,6 +52,10 @@ class Folder(EncodedSource):
     def content(self, index: int) -> bytes:
         """Return a file's bytes."""
         return read_file(self.path / self.keys[index])
+
+    def size(self, index: int) -> tuple[int, int]:
+        """Return width and height that a header tells; no more of the file is read."""
+        return size_in(self.path / self.keys[index], self.name(index))
 
     def name(self, index: int) -> str:
         """Return a file's path."""
