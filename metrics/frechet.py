@@ -12,6 +12,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from pathline.core.checks import check_finite
+from pathline.core.draws import Draws
 from pathline.core.errors import InputError
 from pathline.metrics.base import Metric, Record, Reference, registry
 from pathline.metrics.features import Features
@@ -23,6 +25,7 @@ __all__ = [
     "Moments",
     "SpatialFrechet",
     "Statistics",
+    "check_covariance",
     "few_samples",
     "frechet_distance",
     "trace_by_eigenvalues",
@@ -30,6 +33,7 @@ __all__ = [
 ]
 
 _EPS = torch.finfo(torch.float64).eps
+_NEGATIVE = 1e-6  # of the trace: how far below zero rounding takes an eigenvalue, as that of float32
 _TOLERANCE = 1e-7  # of the traces: up to this bound of its error the cheaper form is taken
 
 
@@ -41,7 +45,7 @@ def frechet_distance(first: Moments | Statistics, second: Moments | Statistics) 
     complex, and nothing is added to a diagonal.
 
     Raises:
-        InputError: statistics of other sizes, or a matrix that is no covariance.
+        InputError: statistics of other sizes, with a NaN or an infinity, or a matrix that is no covariance.
     """
     if first.mean.shape != second.mean.shape:
         raise InputError(
@@ -51,17 +55,34 @@ def frechet_distance(first: Moments | Statistics, second: Moments | Statistics) 
     if said:
         warnings.warn(said, stacklevel=2)
     one, two = first.covariance.double(), second.covariance.double().to(first.covariance.device)
+    for statistics, covariance in ((first, one), (second, two)):
+        check_finite(statistics.mean, "a mean")
+        check_covariance(covariance, "a covariance")
     traces = float(one.trace() + two.trace())
     cross = None if said else trace_by_eigenvalues(one, two, _TOLERANCE * traces)
     if cross is None:
         cross = trace_by_factors(one, two)
     shift = first.mean.double() - second.mean.double().to(first.mean.device)
     distance = float(shift.square().sum()) + traces - 2 * cross
-    if not distance >= -1e-6 * traces:
-        raise InputError(
-            f"got a Fréchet distance of {distance:g}, expected 0 or more; a covariance has negative eigenvalues"
-        )
     return max(distance, 0.0)
+
+
+def check_covariance(matrix: Tensor, name: str) -> None:
+    """Check that a matrix (D, D) may be a covariance: finite, symmetric, and of no negative eigenvalue, up to rounding.
+
+    Rounding is 1e-5 of the largest entry for symmetry, and 1e-6 of the trace for eigenvalues: Σ + 1e-6·tr Σ has a
+    Cholesky factor unless one is below.
+
+    Raises:
+        InputError: it is none.
+    """
+    check_finite(matrix, name)
+    if float((matrix - matrix.T).abs().max()) > 1e-5 * float(matrix.abs().max()):
+        raise InputError(f"got {name} that is not symmetric, expected a covariance")
+    shifted = (matrix + matrix.T).double() / 2
+    shifted.diagonal().add_(_NEGATIVE * float(matrix.diagonal().sum()))
+    if bool(matrix.any()) and int(torch.linalg.cholesky_ex(shifted).info):
+        raise InputError(f"got {name} with a negative eigenvalue, expected a covariance, which has none")
 
 
 def few_samples(first: Moments | Statistics, second: Moments | Statistics) -> str | None:
@@ -116,9 +137,10 @@ class Frechet(Metric):
     Args:
         real: what to compare with.
         features: the feature space.
-        groups: G ≥ 2 of a delete-a-group jackknife for a standard error: sample i is in group i mod G, each group is
-            left out once, and the error is √((G−1)/G·Σ(dᵢ − d̄)²). It tells of the samples' draw alone, not of the
-            training's seed nor of the bias with N; of samples that cannot be told from the reference it is up to √2
+        groups: G ≥ 2 of a delete-a-group jackknife for a standard error: a sample's group is drawn by its number, each
+            group is left out once, and the error is √((G−1)/G·Σ(dᵢ − d̄)²). It tells of the samples' draw alone, not
+            of the training's seed nor of the bias with N; it takes labels as drawn, so that with balanced ones it is
+            too large where classes differ much, and of samples that cannot be told from the reference it is up to √2
             too large. It costs G more distances. 0: none.
 
     Raises:
@@ -136,8 +158,12 @@ class Frechet(Metric):
 
     @property
     def least(self) -> int:
-        """Number of samples of a covariance."""
-        return 2
+        """Two for a covariance, and ten a group, as groups are of about one size."""
+        return max(2, 10 * self.groups)
+
+    def advice(self) -> str:
+        """See ``Metric``."""
+        return "draw more, or set groups to fewer" if self.groups else "draw more"
 
     def expects(self, count: int, *, labelled: bool) -> None:
         """See ``Metric``."""
@@ -150,9 +176,11 @@ class Frechet(Metric):
         if not self.groups:
             self.parts[0].update(rows)
             return
-        numbers = batch.get("index", torch.arange(self.count - len(rows), self.count)).to(rows.device)
+        numbers = batch.get("index", torch.arange(self.count - len(rows), self.count))
+        # drawn, as numbers modulo G may go with labels
+        drawn = (Draws(0).uniform("jackknife", numbers).double() * self.groups).long().to(rows.device)
         for group, part in enumerate(self.parts):
-            part.update(rows[numbers % self.groups == group])
+            part.update(rows[drawn == group])
 
     def merge(self, other: Frechet) -> None:
         """Merge the moments."""

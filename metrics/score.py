@@ -38,7 +38,8 @@ def scores(logits: Tensor, splits: int | None = None, *, shuffle: bool = False) 
     for end in ends:
         log_p = logits[first:end].double().log_softmax(1)
         p = log_p.exp()
-        divergence = (p * (log_p - p.mean(0).log())).sum(1).mean()  # arXiv:1606.03498, Sec. 4
+        terms = torch.where(p > 0, p * (log_p - p.mean(0).log()), 0.0)  # 0·log 0 = 0, where a probability underflows
+        divergence = terms.sum(1).mean()  # arXiv:1606.03498, Sec. 4
         found.append(divergence.exp())
         first = end
     return torch.stack(found)

@@ -23,6 +23,7 @@ from pathline.core.checks import check_finite
 from pathline.core.errors import DataError, InputError
 from pathline.data.layouts.arrays import read_array
 from pathline.metrics.features import Features
+from pathline.metrics.frechet import check_covariance
 from pathline.metrics.moments import Moments, Statistics
 from pathline.metrics.real import Reference
 from pathline.metrics.samples import Samples
@@ -267,9 +268,11 @@ def _array(path: Path, name: str, shape: tuple[int, ...]) -> Tensor:
     return torch.from_numpy(np.array(array))
 
 
-def _check(path: Path, name: str, *tensors: Tensor) -> None:
-    for tensor in tensors:
-        try:
-            check_finite(tensor, f"{name} of {path}")
-        except InputError as error:
-            raise DataError(str(error)) from error
+def _check(path: Path, name: str, values: Tensor, covariance: Tensor | None = None) -> None:
+    """Raise DataError, which names the file, for a NaN or an infinity, or for what is no covariance."""
+    try:
+        check_finite(values, f"{name} of {path}")
+        if covariance is not None:
+            check_covariance(covariance, f"{name} of {path}")
+    except InputError as error:
+        raise DataError(str(error)) from error

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from pathline import InputError, data, metrics
+from pathline import Draws, InputError, data, metrics
 from pathline.metrics import features
 from pathline.metrics.frechet import frechet_distance, trace_by_eigenvalues, trace_by_factors
 from pathline.metrics.moments import Moments, Statistics
@@ -105,9 +105,31 @@ def test_too_few_samples():
 
 
 def test_what_is_no_covariance():
-    saddle = exact_moments(torch.zeros(2).double(), torch.tensor([1.0, -1.0]).double().diag())
-    with pytest.raises(InputError, match="got a Fréchet distance of -2, expected 0 or more; a covariance has negative"):
-        frechet_distance(saddle, saddle)
+    """Either may be it, and whatever the distance would be: of the identity and a saddle the traces give 0."""
+    whole = Statistics(torch.zeros(5), torch.eye(5).double(), None)
+    skew = torch.eye(5).double()
+    skew[1, 3] = 0.01
+    saddle = torch.tensor([1.0, -1.0, 1.0, 1.0, 1.0]).double().diag()
+    below = torch.tensor([1.0, 1e-9, 1.0, -1e-5, 1.0]).double().diag()
+    missing = torch.full((5, 5), math.nan).double()
+    for matrix, message in (
+        (saddle, "a covariance with a negative eigenvalue"),
+        (-torch.eye(5).double(), "a covariance with a negative eigenvalue"),
+        (below, "a covariance with a negative eigenvalue"),
+        (skew, "a covariance that is not symmetric"),
+        (missing, "NaN or infinite values in a covariance"),
+    ):
+        wrong = Statistics(torch.zeros(5), matrix, None)
+        for pair in ((whole, wrong), (wrong, whole), (wrong, wrong)):
+            with pytest.raises(InputError, match=message):
+                frechet_distance(*pair)
+    with pytest.raises(InputError, match="NaN or infinite values in a mean"):
+        frechet_distance(whole, Statistics(missing[0], whole.covariance, None))
+
+
+def test_a_set_of_one_image_has_a_covariance_of_zeros():
+    zeros = Statistics(torch.zeros(4), torch.zeros(4, 4).double(), None)
+    assert frechet_distance(zeros, Statistics(torch.ones(4), torch.eye(4).double() * 9, None)) == pytest.approx(40)
 
 
 # --- both forms of the trace ------------------------------------------------------------------------------------------
@@ -239,7 +261,7 @@ def test_a_tiny_negative_is_zero_and_a_large_one_an_error():
     covariance = torch.eye(3).double()
     slightly = torch.diag(torch.tensor([1.0, 1.0, -1e-8])).double()
     assert frechet_distance(Statistics(torch.zeros(3), slightly, None), Statistics(torch.zeros(3), slightly, None)) == 0
-    with pytest.raises(InputError, match="got a Fréchet distance of -"):
+    with pytest.raises(InputError, match="with a negative eigenvalue"):
         wrong = Statistics(torch.zeros(3), covariance - 1.1 * torch.ones(3, 3), None)
         frechet_distance(wrong, wrong)
     with pytest.raises(InputError, match="got statistics of 3 and 4 features"):
@@ -294,14 +316,37 @@ def test_the_jackknife_is_the_spread_of_repeated_draws(shift, factor):
 
 
 def test_the_jackknife_against_its_formula():
-    """Groups by the samples' numbers, whatever the batches: delete-one-group distances by plain numpy."""
+    """Groups drawn by the samples' numbers, whatever the batches: delete-one-group distances by plain numpy."""
     metric = metrics.build("frechet", real=Exact(), features=Pixels(), groups=3)
     x = drawn(50)
     for part in (range(20, 50), range(20)):
         metric.update({"data": x[list(part)], "index": torch.tensor(part)})
-    rest = [nuclear_against_exact(x[torch.arange(50) % 3 != group].flatten(1).double()) for group in range(3)]
+    groups = (3 * Draws(0).uniform("jackknife", range(50))).floor()
+    rest = [nuclear_against_exact(x[groups != group].flatten(1).double()) for group in range(3)]
     expected = math.sqrt(2 / 3 * sum((d - np.mean(rest)) ** 2 for d in rest))
     assert metric.compute().uncertainty["distance"] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("groups", [5, 10])
+def test_the_jackknife_of_balanced_labels(groups):
+    """Of labels i mod K a group by i mod K would be one class, or two, and the error tell how classes differ."""
+    centres = 0.2 * torch.randn(10, 3, 2, 2)
+    label = torch.arange(400) % 10
+    distances, errors = [], []
+    for seed in range(60):
+        metric = metrics.build("frechet", real=Exact(), features=Pixels(), groups=groups)
+        metric.update({"data": (centres[label] + drawn(400, seed)).clamp(-1, 1), "label": label})
+        record = metric.compute()
+        distances.append(record.values["distance"])
+        errors += record.uncertainty.values()
+    assert 0.9 * np.std(distances, ddof=1) < np.mean(errors) < 4 * np.std(distances, ddof=1)
+
+
+def test_groups_of_few_samples_are_refused():
+    metric = metrics.build("frechet", real=Exact(), features=Pixels(), groups=4)
+    metric.update({"data": drawn(39)})
+    with pytest.raises(InputError, match="got 39 samples, expected at least 40; draw more, or set groups to fewer"):
+        metric.compute()
 
 
 def nuclear_against_exact(x):

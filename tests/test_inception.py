@@ -281,6 +281,9 @@ def test_the_score_of_certain_and_of_blind_classifiers():
     certain = 1e4 * torch.eye(7).repeat(11, 1)
     assert float(scores(certain)) == pytest.approx(7)
     assert float(scores(torch.zeros(13, 7))) == pytest.approx(1)
+    one = torch.zeros(20, 5)
+    one[:, 0] = 1000  # the probabilities of all other classes underflow
+    assert scores(one, 2).tolist() == [1, 1]
 
 
 def test_the_score_by_name_and_its_words():
