@@ -17,8 +17,9 @@ from torch import Tensor
 from pathline.core.draws import BoundDraws
 from pathline.core.errors import DataError, InputError, InputTypeError
 from pathline.data.base import Batch, Dataset, Indices, as_indices, registry
+from pathline.data.prepare.columns import FEATURES, FLIPPED
 from pathline.data.prepare.files import Files
-from pathline.data.prepare.manifest import FEATURES, FLIPPED, Features, read_manifest
+from pathline.data.prepare.manifest import Features, read_manifest
 from pathline.data.prepare.statistics import Spread
 from pathline.data.visits import FLIPS, NOISE, flips, posterior_noise
 

@@ -7,6 +7,10 @@ import importlib
 import importlib.util
 import json
 import os
+import resource
+import warnings
+from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,9 +33,15 @@ from pathline.data.prepare.command import prepare
 from pathline.training import Trainer
 from pathline.training.log import read_rows
 
-spec = importlib.util.spec_from_file_location("preparing", Path(__file__).with_name("preparing.py"))
-preparing = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(preparing)
+
+def loaded(name):
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+preparing, faults = loaded("preparing"), loaded("faults")
 Pictures, Coder, Tokens = preparing.Pictures, preparing.Coder, preparing.Tokens
 
 R, ROWS = 10, 17  # three shards: 17, 17 and 3 rows
@@ -111,7 +121,7 @@ def test_the_manifest_tells_all(tmp_path):
     prepare(source, tmp_path, FULL, autoencoder=coder, features=FEATURES)
     told = manifest_of(tmp_path)
     assert (told["format"], told["count"], told["latent_kind"]) == ("pathline packed 1", 37, "moments")
-    assert (told["shape"], told["class_names"], told["dropped"]) == ([2, 5, 5], ["ant", "bee", "cat"], [])
+    assert (told["shape"], told["request"]["class_names"], told["dropped"]) == ([2, 5, 5], ["ant", "bee", "cat"], [])
     assert [(shard["first_index"], shard["rows"]) for shard in told["shards"]] == [(0, 17), (17, 17), (34, 3)]
     for shard in told["shards"]:
         path = tmp_path / shard["file"]
@@ -166,13 +176,31 @@ def test_a_process_that_fails_is_noticed_by_the_others(processes, tmp_path):
         except PathlineError as error:
             return f"{type(error).__name__}: {error}"
 
-    ended = processes(2, work, [20])
-    first, second = ended.checked()
-    assert first.startswith("ProcessError: lost contact with another process")
-    assert second == "DataError: got 020.png, which is truncated"
-    assert sorted(os.listdir(tmp_path)) == ["journal", "shard-00000.safetensors", "shard-00002.safetensors"]
+    for broken, names in ((20, ("Stopped", "DataError")), (3, ("DataError", "Stopped"))):
+        words = processes(2, work, [broken]).checked()
+        said = {"Stopped": "another process has failed", "DataError": f"got 0{broken:02d}.png, which is truncated"}
+        assert [word.partition(":")[0] for word in words] == list(names)
+        assert all(word.startswith(f"{name}: {said[name]}") for word, name in zip(words, names, strict=True))
+        assert (tmp_path / "journal" / "stopped").read_text() == "failed"
     assert processes(2, work, []).checked() == [None, None]
-    assert manifest_of(tmp_path)["count"] == 37
+    assert manifest_of(tmp_path)["count"] == 37 and not (tmp_path / "journal").exists()
+
+
+def test_processes_that_would_be_idle_are_told_of(processes, tmp_path):
+    """Three shards for two processes: each works off two in turn, the second one of them one alone."""
+
+    def work():
+        fabric = Fabric(accelerator="cpu", devices=2, strategy=DDPStrategy(process_group_backend="gloo"))
+        fabric.launch()
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always")
+            prepare(Pictures(), tmp_path, Options(R, rows_per_shard=ROWS), fabric=fabric)
+        return [str(warning.message) for warning in heard if "--rows-per-shard" in str(warning.message)]
+
+    told = (
+        "3 shards keep 2 processes busy for 75% of the time; --rows-per-shard 10 would for all of it, in a new folder"
+    )
+    assert processes(2, work).checked() == [[told], []]
 
 
 def test_a_choice_is_made_by_the_seed(tmp_path):
@@ -222,10 +250,54 @@ def test_images_that_cannot_be_read_are_dropped_where_asked_for(tmp_path):
         assert start % 64 == 0 and start + end == path.stat().st_size
 
 
-def test_a_shard_of_nothing_is_refused(tmp_path):
+@pytest.mark.parametrize("broken", [{4, 5}, {0, 1}, {6}, {0, 1, 4, 5, 6}])
+def test_a_shard_of_nothing_is_left_out(broken, tmp_path):
+    """The first, the last, one between them; the same whether it is made at once or gone on with."""
+    options, kept = Options(R, rows_per_shard=2, on_error="drop"), sorted(set(range(7)) - broken)
+    manifest = prepare(Pictures(7, broken=broken), tmp_path / "out", options)
+    assert rows(tmp_path / "out", "index").tolist() == kept and manifest.count == len(kept)
+    assert [gone.index for gone in manifest.dropped] == sorted(broken)
+    assert [shard.file for shard in manifest.shards] == [f"shard-0000{i}.safetensors" for i in {i // 2 for i in kept}]
+    dataset = data.build("prepared", path=str(tmp_path / "out"))
+    images = cropped(Pictures(7), kept) / 127.5 - 1
+    assert torch.equal(dataset.batch(range(len(kept)))["data"], images)
+    (tmp_path / "out" / "manifest.json").unlink()
+    with pytest.raises(DataError, match="prepare data in, which holds shard-"):
+        prepare(Pictures(7, broken=broken), tmp_path / "out", options)
+
+
+def test_a_source_of_which_nothing_can_be_stored(tmp_path):
     options = Options(R, rows_per_shard=2, on_error="drop")
-    with pytest.raises(DataError, match=r"no image that can be stored among 2 from 004\.png on, of which got 004"):
-        prepare(Pictures(7, broken={4, 5}), tmp_path, options)
+    with pytest.raises(DataError, match=r"no image that can be stored among 3 from 000\.png on, of which got 000\.png"):
+        prepare(Pictures(3, broken={0, 1, 2}), tmp_path, options)
+    assert not (tmp_path / "manifest.json").exists()
+
+
+def test_what_stopped_at_an_image_goes_on_without_it(tmp_path):
+    """From stopping to dropping: what is whole has lost nothing, and stays."""
+    broken = {20, 36}
+    with pytest.raises(DataError, match=r"got 020\.png, which is truncated"):
+        prepare(Pictures(broken=broken), tmp_path / "out", FULL, autoencoder=Coder(), features=FEATURES)
+    dropping, again = replace(FULL, on_error="drop", licence=None), Pictures(broken=broken)
+    prepare(again, tmp_path / "out", dropping, autoencoder=Coder(), features=FEATURES)
+    assert min(again.reads) == 17
+    dropping = replace(FULL, on_error="drop")
+    whole = prepare(Pictures(broken=broken), tmp_path / "whole", dropping, autoencoder=Coder(), features=FEATURES)
+    assert preparing.contents(tmp_path / "out") == preparing.contents(tmp_path / "whole")
+    assert whole.request.licence == "none known"
+    with pytest.raises(DataError, match=r"another request \(on_error: 'drop' -> 'stop'\)"):
+        prepare(Pictures(broken=broken), tmp_path / "out", FULL, autoencoder=Coder(), features=FEATURES)
+
+
+def test_names_of_files_that_are_not_utf_8_are_noted_by_their_bytes(tmp_path):
+    source = Pictures(5, broken={3})
+    source.keys[3] = os.fsdecode(b"caf\xe9.png")
+    manifest = prepare(source, tmp_path, Options(R, on_error="drop"))
+    assert manifest.dropped[0].key == "caf\\xe9.png"
+    assert manifest.dropped[0].reason == "got caf\\xe9.png, which is truncated"
+    source.class_names[1] = os.fsdecode(b"f\xeate")
+    with pytest.raises(DataError, match=r"f\\udceate.*, which is not UTF-8, in a path or the name of a class"):
+        prepare(source, tmp_path.with_name("other"), Options(R, on_error="drop"))
 
 
 @pytest.mark.parametrize("gain", [3e5, float("inf"), float("nan")])
@@ -273,9 +345,12 @@ def test_a_folder_of_another_request_is_refused_and_says_in_what(tmp_path):
             (Options(12, rows_per_shard=ROWS), Coder(), "resolution: 10 -> 12"),
             (options, other, "autoencoder.sha256: 'c0de' -> 'beef'"),
             (Options(R, rows_per_shard=ROWS, licence="CC0"), Coder(), "licence: None -> 'CC0'"),
+            (options, Coder(), "class_names: ['ant', 'bee', 'cat'] -> ['ant', 'bee', 'dog']"),
         ):
+            source = Pictures()
+            source.class_names[2] = said[-5:-2] if "dog" in said else "cat"
             with pytest.raises(DataError, match="begun with another request") as error:
-                prepare(Pictures(), tmp_path / name, changed, autoencoder=coder)
+                prepare(source, tmp_path / name, changed, autoencoder=coder)
             assert f"({said})" in str(error.value)
         assert preparing.contents(tmp_path / name) == before
 
@@ -331,6 +406,34 @@ def test_a_disk_that_is_too_full_is_refused_before_anything_is_encoded(monkeypat
     prepare(source, tmp_path, Options(R))
 
 
+def test_a_file_that_cannot_be_written_is_named(tmp_path):
+    """By a limit on the size of files: of a shard, and of the plan."""
+
+    def limited(size):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            prepare(Pictures(), tmp_path, Options(R, rows_per_shard=ROWS))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    for size, name in ((5000, "shard-00000.safetensors"), (100, "journal/plan.json")):
+        ended = faults.forked(partial(limited, size))
+        said = f"DataError: got {tmp_path / name}, which cannot be written: File too large; make room, and give the"
+        assert ended.code == 1 and said in ended.said
+        assert [path.name for path in tmp_path.rglob(".writing-*")] == []
+    assert prepare(Pictures(), tmp_path, Options(R, rows_per_shard=ROWS)).count == 37
+
+
+def test_images_that_are_too_large_for_the_memory_are_told_of(tmp_path):
+    class Large(Coder):
+        def moments(self, images):
+            torch.empty(2**60, dtype=torch.uint8)
+
+    with pytest.raises(InputError, match=r"got no memory for images of 10 x 10, 16 at once .*; choose a smaller --res"):
+        prepare(Pictures(), tmp_path, Options(R), autoencoder=Large())
+
+
 def test_an_autoencoder_that_scales_otherwise_than_it_tells_is_refused(tmp_path):
     """Of its scaling the manifest alone is kept."""
 
@@ -379,7 +482,7 @@ def test_the_command_packs_a_folder(pictures, tmp_path, capsys):
     assert command.main(words) == 0
     assert capsys.readouterr().out.startswith(f"4 images: 2 shards in {tmp_path / 'out'}, 0.0 MiB")
     told = manifest_of(tmp_path / "out")
-    assert told["class_names"] == ["a", "b"] and told["request"]["source"]["name"] == "folder"
+    assert told["request"]["class_names"] == ["a", "b"] and told["request"]["source"]["name"] == "folder"
     assert command.main([*words, "--seed", "1"]) == 2
     assert "begun with another request (seed: 0 -> 1)" in capsys.readouterr().err
     (pictures / "a" / "0.png").write_bytes(b"no image")
@@ -411,6 +514,13 @@ def test_words_that_mean_nothing(words, said, pictures, tmp_path, capsys):
     assert command.main([str(pictures), str(tmp_path / "out"), "--resolution", "10", *words]) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_in_that_of_the_images_is_refused_at_once(pictures, capsys):
+    for output in (pictures / "out", pictures):
+        assert command.main([str(pictures), str(output), "--resolution", "10"]) == 2
+        assert f"got {output} to write to, which lies in the folder {pictures} of images" in capsys.readouterr().err
+    assert sorted(os.listdir(pictures)) == ["a", "b"]
 
 
 def test_a_source_that_is_not_there(tmp_path, capsys):

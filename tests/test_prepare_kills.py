@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import random
@@ -168,13 +169,30 @@ def started(pictures, folder, *words) -> subprocess.Popen:
     return subprocess.Popen(given, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
-def test_an_interrupted_command_says_how_to_go_on(pictures, tmp_path):
-    command = started(pictures, tmp_path / "out")
+def children(process) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
+def wait_for(condition, seconds=60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.002)
+
+
+def alive(process) -> bool:
+    """Whether a process is at work; one that has ended and was not waited for is not."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_an_interrupted_command_says_how_to_go_on(number, pictures, tmp_path):
+    command = started(pictures, tmp_path / "out", "--rows-per-shard", "2")
     try:
-        deadline = time.monotonic() + 60
-        while not (tmp_path / "out" / "shard-00001.safetensors").exists() and time.monotonic() < deadline:
-            time.sleep(0.002)
-        command.send_signal(signal.SIGINT)
+        wait_for((tmp_path / "out" / "shard-00001.safetensors").exists)
+        command.send_signal(number)
         _, said = command.communicate(timeout=60)
     finally:
         command.kill()
@@ -182,7 +200,44 @@ def test_an_interrupted_command_says_how_to_go_on(pictures, tmp_path):
     assert f"interrupted; what is whole stays in {tmp_path / 'out'}: give the command again to go on" in said
     assert not (tmp_path / "out" / "manifest.json").exists()
     whole = sorted(tmp_path.glob("out/shard-*"))
-    assert 2 <= len(whole) < 60 and not list(tmp_path.glob("out/.writing-*"))
+    assert 2 <= len(whole) < 300 and not list(tmp_path.glob("out/.writing-*"))
+
+
+def test_the_error_of_any_process_is_told_at_once(pictures, tmp_path):
+    """Image 11 is of the second process's first shard; the first one leaves its shards for later."""
+    broken = pictures / "011.png"
+    broken.write_bytes(broken.read_bytes()[:200])
+    command = started(pictures, tmp_path / "out", "--devices", "2")
+    try:
+        _, said = command.communicate(timeout=120)
+    finally:
+        command.kill()
+    assert command.returncode == 2, said
+    assert f"error (process 2): got {broken}" in said and "lost contact" not in said and "Traceback" not in said
+    assert "stopped: another process has failed; look at its last words" in said
+    assert len(list(tmp_path.glob("out/shard-*"))) < 30
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
+def test_no_process_outlives_the_first(number, pictures, tmp_path):
+    words = ("--devices", "2", "--rows-per-shard", "1")
+    command = started(pictures, tmp_path / "out", *words)
+    try:
+        wait_for(lambda: len(list(tmp_path.glob("out/shard-*"))) > 5)
+        (other,) = (child for child in children(command.pid) if alive(child))
+        command.send_signal(number)
+        _, said = command.communicate(timeout=60)
+    finally:
+        command.kill()
+    wait_for(lambda: not alive(other), 20)
+    assert len(list(tmp_path.glob("out/shard-*"))) < 600
+    if number == signal.SIGTERM:
+        assert command.returncode == 75 and "give the command again to go on" in said
+    for folder in ("out", "unbroken"):
+        command = started(pictures, tmp_path / folder, *words)
+        assert command.wait(120) == 0
+    assert preparing.contents(tmp_path / "out") == preparing.contents(tmp_path / "unbroken")
 
 
 @pytest.mark.slow

@@ -19,18 +19,19 @@ from typing import Any
 import torch
 import yaml
 from lightning_fabric import Fabric
+from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning_fabric.utilities.rank_zero import rank_zero_only
 
 from pathline import encoders
 from pathline.core.errors import ConfigurationError, DataError, InputError, PathlineError, ProcessError
 from pathline.core.registry import Registry
 from pathline.data.prepare.encoding import Encoding
+from pathline.data.prepare.folder import Folder
 from pathline.data.prepare.images import chosen_images
-from pathline.data.prepare.machine import launched, settle
+from pathline.data.prepare.machine import launched, settle, terminated_as_interrupted
 from pathline.data.prepare.manifest import Manifest
 from pathline.data.prepare.request import Options, request_of
-from pathline.data.prepare.shards import Folder
-from pathline.data.prepare.work import Work
+from pathline.data.prepare.work import Stopped, Work
 from pathline.data.sources import ImageSource, source_of
 from pathline.encoders import Encoder, autoencoders
 from pathline.encoders.autoencoders import Autoencoder
@@ -94,7 +95,7 @@ def prepare(
         dtype=options.dtype,
         device=fabric.device,
     )
-    return Work(source, numbers, request, encoding, folder, fabric, batch).run()
+    return Work(source, numbers, encoding, folder, fabric, batch).run()
 
 
 def _check_scaling(autoencoder: Autoencoder, resolution: int) -> None:
@@ -114,22 +115,33 @@ def _check_scaling(autoencoder: Autoencoder, resolution: int) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; return its exit code: 0, 2 for a wrong input, 70 for a lost process, 75 if interrupted."""
+    """Run the command; return its exit code: 0, 2 for a wrong input, 70 for a lost process, 75 if interrupted.
+
+    Processes that Fabric started return 0: on any other code it kills all of them at once, also the first one, which
+    has yet to hear of it and to say how it ended.
+    """
     given = _parser().parse_args(arguments)
+    with terminated_as_interrupted():
+        code = _code(given)
+    return code if _rank() == 0 or TorchElasticEnvironment.detect() else 0
+
+
+def _code(given: argparse.Namespace) -> int:
     try:
+        options = _options(given)
         fabric = launched(given.devices, given.accelerator)
-        manifest = _run(given, fabric)
+        manifest = _run(given, options, fabric)
     except KeyboardInterrupt:
-        if _is_first():
-            print(
-                f"\ninterrupted; what is whole stays in {given.output}: give the command again to go on",
-                file=sys.stderr,
-            )
-        return INTERRUPTED
-    except (PathlineError, OSError) as error:
-        if _is_first():
-            print(f"error: {error}", file=sys.stderr)
-        return LOST if isinstance(error, ProcessError) else 2
+        return _said(
+            f"\ninterrupted; what is whole stays in {given.output}: give the command again to go on", INTERRUPTED
+        )
+    except Stopped as error:
+        return _said(f"stopped: {error}", 2)
+    except ProcessError as error:
+        return _said(f"error: {error}", LOST)
+    except (PathlineError, OSError) as error:  # which may be of this process alone
+        print(f"error{f' (process {_rank() + 1})' if _rank() else ''}: {error}", file=sys.stderr, flush=True)
+        return 2
     if fabric.is_global_zero:
         size = sum(shard.bytes for shard in manifest.shards) / 2**20
         gone = f", {len(manifest.dropped):,} left out" if manifest.dropped else ""
@@ -137,34 +149,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _run(given: argparse.Namespace, fabric: Fabric) -> Manifest:
-    """Build what the command names, and prepare."""
+def _rank() -> int:
+    return getattr(rank_zero_only, "rank", 0)
+
+
+def _said(text: str, code: int) -> int:
+    """Let the first process say what all of them have to say; return the exit code."""
+    if _rank() == 0:
+        print(text, file=sys.stderr, flush=True)
+    return code
+
+
+def _options(given: argparse.Namespace) -> Options:
+    """Check what can be checked before other processes are started."""
     if given.batch < 1:
         raise ConfigurationError(f"got --batch {given.batch}, expected 1 or more")
-    settle(fabric.device)
     names = ("resolution", "flip", "images", "rows_per_shard", "dtype", "seed", "limit", "on_error", "licence")
     options = Options(**{name: getattr(given, name) for name in names})
+    options.check(pixels=given.autoencoder is None)
+    for text in (given.kind, *given.encoder, *([] if given.autoencoder is None else [given.autoencoder])):
+        _component(text)
+    return options
+
+
+def _run(given: argparse.Namespace, options: Options, fabric: Fabric) -> Manifest:
+    """Build what the command names, and prepare."""
+    settle(fabric.device)
     autoencoder = None if given.autoencoder is None else autoencoders.build(_component(given.autoencoder))
-    options.check(pixels=autoencoder is None)
     features: dict[str, tuple[Mapping[str, Any], Encoder]] = {}
     for text in given.encoder:
         entry = _filled({"resolution": given.resolution, **_component(text)}, encoders.registry)
         if entry["name"] in features:
             raise ConfigurationError(f"got --encoder {entry['name']} twice, expected each once")
         features[entry["name"]] = entry, encoders.build(entry)
+    source = source_of(given.source, _component(given.kind))
+    if source.manifest.get("name") == "folder" and given.output.resolve().is_relative_to(Path(given.source).resolve()):
+        raise ConfigurationError(
+            f"got {given.output} to write to, which lies in the folder {given.source} of images and would become a "
+            "part of it; name another folder"
+        )
     return prepare(
-        source_of(given.source, _component(given.kind)),
-        given.output,
-        options,
-        autoencoder=autoencoder,
-        features=features,
-        fabric=fabric,
-        batch=given.batch,
+        source, given.output, options, autoencoder=autoencoder, features=features, fabric=fabric, batch=given.batch
     )
-
-
-def _is_first() -> bool:
-    return not getattr(rank_zero_only, "rank", 0)
 
 
 def _component(text: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pathline.core.draws import send
 from pathline.core.errors import InputError
-from pathline.data.prepare.manifest import FEATURES, FLIPPED, Column
+from pathline.data.prepare.columns import FEATURES, FLIPPED, Column
 
 __all__ = ["Encoding"]
 

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from pathline.core.errors import DataError
 from pathline.data.packed import Mapped, hash_of
-from pathline.data.prepare.manifest import FLIPPED, FORMAT, MANIFEST, Manifest, Shard
+from pathline.data.prepare.columns import FLIPPED
+from pathline.data.prepare.manifest import FORMAT, MANIFEST, Manifest, Shard
 
 __all__ = ["Files", "Found"]
 
@@ -152,7 +153,7 @@ class Files:
         """Yield the bytes of a column of each shard, one row a sample, and behind them those of its mirror images."""
         column, both = self.manifest.columns[name], name + FLIPPED in self.manifest.columns
         for file, shard in zip(mapped, self.manifest.shards, strict=True):
-            types = {column.dtype: column.type}
+            types: dict[str, torch.dtype] = {column.dtype: column.type}
             for key in (name, name + FLIPPED) if both else (name,):
                 _, shape, _ = file.tensor(key, types)
                 if shape != (shard.rows, *column.shape):

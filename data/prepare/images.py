@@ -5,7 +5,6 @@ R side of an image.
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -37,12 +36,12 @@ class Decoder:
         source: of the images.
         resolution: R.
         ahead: images read before they are asked for.
-        threads: that read; None is one a core.
+        threads: that read.
     """
 
-    def __init__(self, source: ImageSource, resolution: int, *, ahead: int, threads: int | None = None) -> None:
+    def __init__(self, source: ImageSource, resolution: int, *, ahead: int, threads: int) -> None:
         self.source, self.resolution, self.ahead = source, resolution, ahead
-        self._pool = ThreadPoolExecutor(threads or os.cpu_count(), thread_name_prefix="decode")
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
 
     def groups(self, numbers: Sequence[int], size: int) -> Iterator[tuple[list[int], list[Tensor | PathlineError]]]:
         """Yield ``size`` images after ``size``: their numbers, and each (3, R, R) uint8, or why it cannot be read."""

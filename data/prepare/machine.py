@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -13,7 +17,7 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 
 from pathline.core.errors import ConfigurationError, ProcessError
 
-__all__ = ["launched", "settle"]
+__all__ = ["cores", "launched", "settle", "terminated_as_interrupted"]
 
 
 def settle(device: torch.device) -> None:
@@ -23,6 +27,24 @@ def settle(device: torch.device) -> None:
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
+
+
+def cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def terminated_as_interrupted() -> Iterator[None]:
+    """Take SIGTERM, which a cluster sends, as Ctrl-C."""
+    if threading.current_thread() is not threading.main_thread():  # handlers can be set nowhere else
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def launched(devices: int, accelerator: str) -> Fabric:
@@ -41,7 +63,7 @@ def launched(devices: int, accelerator: str) -> Fabric:
     try:
         strategy = several if devices * nodes > 1 else "auto"
         fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=nodes, strategy=strategy)
-        fabric.launch()
+        _launch(fabric)
     except (ValueError, MisconfigurationException) as error:
         raise ConfigurationError(
             f"got --devices {devices} --accelerator {accelerator}, of which Fabric says: {error}"
@@ -49,3 +71,12 @@ def launched(devices: int, accelerator: str) -> Fabric:
     except RuntimeError as error:
         raise ProcessError(f"got no contact with the other processes: {error}; start all of them") from error
     return fabric
+
+
+def _launch(fabric: Fabric) -> None:
+    try:
+        fabric.launch()
+    except BaseException:  # processes that were started wait for this one, for as long as they may
+        for child in getattr(fabric.strategy.launcher, "procs", []):
+            child.terminate()
+        raise

@@ -7,27 +7,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, NamedTuple, TypeVar
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from torch import Tensor
 
 from pathline.core.errors import DataError
-from pathline.data.packed import BYTES, FLOATS, INTEGERS
+from pathline.data.prepare.columns import FEATURES, FLIPPED, MAIN, Column, Natural, Positive, Strict
 
 __all__ = [
-    "FEATURES",
-    "FLIPPED",
     "FORMAT",
-    "MAIN",
     "MANIFEST",
     "MOMENTS",
     "Channels",
-    "Column",
     "Dropped",
     "Features",
     "Manifest",
@@ -42,45 +35,12 @@ __all__ = [
 FORMAT: Final = "pathline packed 1"
 MANIFEST = "manifest.json"
 MOMENTS: Final = "mean, std"  # what the halves of ``moments`` are
-FLIPPED = "_flip"  # end of the name of a column of mirror images
-FEATURES = "features_"  # beginning of the name of a column of an encoder's tokens
-MAIN: Final = {"moments": "moments", "mean": "latents", "images": "images"}  # the column of data of each kind
 _LIMIT = 2**26  # bytes of a manifest
-_TYPES = {**FLOATS, **INTEGERS, **BYTES}
-_NAMES = {type: name for name, type in _TYPES.items()}
-Natural = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1)]
 Hash = Annotated[str, Field(pattern=r"[0-9a-f]{64}")]
 Model = TypeVar("Model", bound=BaseModel)
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class Column(_Strict):
-    """Type and shape of one row of a tensor of the shards."""
-
-    dtype: Literal["F16", "BF16", "F32", "U8", "I64"]
-    shape: list[Positive]
-
-    @classmethod
-    def of(cls, rows: Tensor) -> Column:
-        """Return what is told of rows (n, …)."""
-        return cls.model_validate({"dtype": _NAMES[rows.dtype], "shape": list(rows.shape[1:])})
-
-    @property
-    def type(self) -> torch.dtype:
-        """Type of the values."""
-        return _TYPES[self.dtype]
-
-    @property
-    def bytes(self) -> int:
-        """Size of a row."""
-        return self.type.itemsize * math.prod(self.shape)
-
-
-class Shard(_Strict):
+class Shard(Strict):
     """A file: it holds the images from ``first_index`` on, counted through all that were asked for."""
 
     file: str
@@ -90,7 +50,7 @@ class Shard(_Strict):
     first_index: Natural
 
 
-class Dropped(_Strict):
+class Dropped(Strict):
     """An image that was left out: its number and key in the source, and why."""
 
     index: Natural
@@ -98,7 +58,7 @@ class Dropped(_Strict):
     reason: str
 
 
-class Channels(_Strict):
+class Channels(Strict):
     """Figures of each channel of a column as it is stored, over all rows; ``count`` values a channel.
 
     ``std`` is that of a sample, of count − 1.
@@ -124,18 +84,19 @@ class _Scaling(BaseModel):
     std: list[Annotated[float, Field(gt=0)]]
 
 
-class Features(_Strict):
+class Features(Strict):
     """An encoder whose tokens are stored: its entry in a configuration, and what it tells of itself."""
 
     component: dict[str, Any]
     encoder: dict[str, Any]
 
 
-class Request(_Strict):
+class Request(Strict):
     """All that the contents of the shards are a function of.
 
     Attributes:
         source: what the source of images tells of itself, with the hash of its keys and labels.
+        class_names: sorted; label i is that of the i-th. Empty without labels.
         count: number of images asked for: all, or ``limit`` of them, chosen by ``seed``.
         crop: its algorithm, and Pillow's version, which does the resampling.
         autoencoder: what it tells of itself: weights, range of its inputs, scaling; None for pixels.
@@ -144,6 +105,7 @@ class Request(_Strict):
     """
 
     source: dict[str, Any]
+    class_names: list[str]
     count: Positive
     limit: Positive | None
     seed: Natural
@@ -162,13 +124,12 @@ class Request(_Strict):
     creator: dict[str, str]
 
 
-class Manifest(_Strict):
+class Manifest(Strict):
     """The manifest.
 
     Attributes:
         count: number of rows; with those dropped, ``request.count``.
         shape: (C, h, w) of a latent, or (3, R, R) of an image.
-        class_names: sorted; label i is that of the i-th. Empty without labels.
         latent_kind: ``moments`` of a posterior, to be drawn from at each visit; ``mean``, of an autoencoder without
             one; or ``images``.
         moments: what the halves of ``moments`` are; None for another kind.
@@ -180,7 +141,6 @@ class Manifest(_Strict):
     format: Literal["pathline packed 1"]
     count: Positive
     shape: list[Positive]
-    class_names: list[str]
     latent_kind: Literal["moments", "mean", "images"]
     moments: Literal["mean, std"] | None
     columns: dict[str, Column]
@@ -194,6 +154,11 @@ class Manifest(_Strict):
     def main(self) -> str:
         """Name of the column of data."""
         return MAIN[self.latent_kind]
+
+    @property
+    def class_names(self) -> list[str]:
+        """Sorted; label i is that of the i-th. Empty without labels."""
+        return self.request.class_names
 
     @property
     def scaling(self) -> Scaling | None:
@@ -215,9 +180,12 @@ class Manifest(_Strict):
                 f"{self.count} rows, {rows} in its shards and {len(self.dropped)} images dropped, of "
                 f"{self.request.count}"
             )
-        for number, shard in enumerate(self.shards):
-            if (shard.file, shard.first_index) != (shard_name(number), number * size) or shard.rows > size:
-                yield f"shard {number} as {shard.file} of {shard.rows} rows from {shard.first_index} on"
+        before = -1
+        for shard in self.shards:  # those of which all images were dropped are not among them
+            number, rest = divmod(shard.first_index, size)
+            if rest or number <= before or shard.file != shard_name(number) or shard.rows > size:
+                yield f"{shard.file} of {shard.rows} rows from {shard.first_index} on, {size} a shard"
+            before = number
         yield from self._column_problems()
 
     def _column_problems(self) -> Iterator[str]:

@@ -11,7 +11,7 @@ from typing import Any
 import PIL
 import torch
 
-from pathline.core.errors import ConfigurationError
+from pathline.core.errors import ConfigurationError, DataError
 from pathline.data.crop import CROP
 from pathline.data.prepare.manifest import Request
 from pathline.data.sources import ImageSource
@@ -80,10 +80,14 @@ def request_of(
         encoders: by name, their entry in a configuration as ``component``, and what they tell as ``encoder``.
         together: images that are encoded at once.
         device: kind of what computes.
+
+    Raises:
+        DataError: a name that JSON cannot hold.
     """
     told = {
         **asdict(options),
         "source": source.manifest,
+        "class_names": list(source.class_names),
         "count": count,
         "crop": {"algorithm": CROP, "pillow": PIL.__version__},
         "autoencoder": autoencoder,
@@ -92,4 +96,12 @@ def request_of(
         "device": device,
         "creator": {"pathline": version("pathline"), "torch": torch.__version__},
     }
-    return Request.model_validate(json.loads(json.dumps(told, default=dict)))
+    text = json.dumps(told, default=dict, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        name = text[max(error.start - 40, 0) : error.end + 40].encode(errors="backslashreplace").decode()
+        raise DataError(
+            f"got …{name}…, which is not UTF-8, in a path or the name of a class; give it another name"
+        ) from error
+    return Request.model_validate(json.loads(text))

@@ -1,56 +1,31 @@
-"""Shards of prepared data: written beside their name, forced to the disk, and kept with a record of what they hold.
+"""Files of prepared data: shards, written beside their name, forced to the disk, and renamed once they are whole.
 
 n rows of a shard.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import secrets
-import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from pathline.core.errors import DataError
 from pathline.data.packed import hash_of
-from pathline.data.prepare.manifest import (
-    FORMAT,
-    MANIFEST,
-    MOMENTS,
-    Column,
-    Dropped,
-    Manifest,
-    Request,
-    Shard,
-    parse,
-    read_manifest,
-    shard_name,
-)
-from pathline.data.prepare.statistics import Spread
+from pathline.data.prepare.columns import Column
+from pathline.data.prepare.manifest import FORMAT, MOMENTS, Shard
 
-__all__ = ["Folder", "Record", "ShardFile"]
+__all__ = ["UNFINISHED", "ShardFile", "write_whole", "writing"]
 
 ALIGNED = 64  # bytes: where the tensors of a file begin
-JOURNAL, PLAN, LOCK = "journal", "plan.json", "lock"
 UNFINISHED = ".writing-"  # beginning of the names of what is being written
 _COPIED = 2**24  # bytes moved at once
-
-
-class Record(BaseModel):
-    """What is known of a whole shard; the manifest is made of these."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-    shard: Shard
-    dropped: list[Dropped]
-    statistics: dict[str, Spread]
 
 
 class ShardFile:
@@ -69,34 +44,38 @@ class ShardFile:
         self._head = len(_head(columns, most, 0))
 
     def __enter__(self) -> ShardFile:
-        self._file = self.path.open("w+b")
+        with writing(self.final):
+            self._file = self.path.open("w+b")
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        with suppress(OSError):  # what is kept was forced to the disk before
+            self._file.close()
         self.path.unlink(missing_ok=True)
 
     def write(self, parts: Mapping[str, Tensor]) -> None:
-        """Append rows of every column."""
+        """Append rows of every column; raises DataError if there is no room."""
         begins, count = self._begins(self.most), 0
         for name, column in self.columns.items():
             rows = parts[name].contiguous()
             count = len(rows)
             assert Column.of(rows) == column and self.rows + count <= self.most
-            self._file.seek(begins[name] + self.rows * column.bytes)
-            self._file.write(rows.reshape(-1).view(torch.uint8).numpy().data)
+            with writing(self.final):
+                self._file.seek(begins[name] + self.rows * column.bytes)
+                self._file.write(rows.reshape(-1).view(torch.uint8).numpy().data)
         self.rows += count
 
     def kept(self, first_index: int) -> Shard:
-        """Force the shard to the disk and return what it is; ``publish`` gives it its name."""
-        if self.rows < self.most:
-            self._close_gaps()
-        self._file.seek(0)
-        self._file.write(_head(self.columns, self.rows, self._head))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """Force the shard to the disk and return what it is; ``publish`` gives it its name. Raises as ``write``."""
+        with writing(self.final):
+            if self.rows < self.most:
+                self._close_gaps()
+            self._file.seek(0)
+            self._file.write(_head(self.columns, self.rows, self._head))
+            self._file.flush()
+            os.fsync(self._file.fileno())
         size = self.path.stat().st_size
         return Shard(
             file=self.final.name, rows=self.rows, bytes=size, sha256=hash_of(self.path), first_index=first_index
@@ -104,8 +83,9 @@ class ShardFile:
 
     def publish(self) -> None:
         """Let the shard appear under its name."""
-        self.path.replace(self.final)
-        _sync(self.final.parent)
+        with writing(self.final):
+            self.path.replace(self.final)
+            _sync(self.final.parent)
 
     def _begins(self, rows: int) -> dict[str, int]:
         """Return where each column begins in a file of so many rows."""
@@ -143,135 +123,30 @@ def _head(columns: Mapping[str, Column], rows: int, length: int) -> bytes:
     return (whole - 8).to_bytes(8, "little") + text.ljust(whole - 8)
 
 
-class Folder:
-    """The folder of prepared data, from the first run on it to the last.
-
-    While it is unfinished, ``journal`` in it holds the request and a record of each whole shard.
-
-    Args:
-        path: of the folder; it need not exist.
-        request: that its contents answer.
-
-    Raises:
-        DataError: it holds something else, or what another request has begun or finished.
-    """
-
-    def __init__(self, path: Path, request: Request) -> None:
-        self.path, self.request, self.journal = path, request, path / JOURNAL
-        self._lock = -1  # of no file
-        if path.exists() and not path.is_dir():
-            raise DataError(f"got {path}, which is no folder, to prepare data in; name another")
-        self.check()
-
-    def check(self) -> None:
-        """Raise DataError unless what is in the folder belongs to the request."""
-        plan = self.journal / PLAN
-        if (self.path / MANIFEST).exists():
-            begun = read_manifest(self.path).request
-        elif plan.exists():
-            begun = parse(plan, Request)
-        else:
-            others = sorted(file.name for file in self.path.glob("*") if file.name != JOURNAL)
-            if others:
-                raise DataError(f"got {self.path} to prepare data in, which holds {others[0]}; name another folder")
-            return
-        changed = _differences(begun, self.request)
-        if changed:
-            raise DataError(
-                f"got {self.path}, which was begun with another request ({'; '.join(changed)}); go on with that one, "
-                "or name another folder"
-            )
-
-    def open(self, needed: int) -> None:
-        """Claim the folder for this command: lock it, write the request down, and remove what was left unfinished.
-
-        Args:
-            needed: bytes of all shards, for which there must be room.
-
-        Raises:
-            DataError: another command is at work in it, it belongs to another request, or its disk is too full.
-        """
-        self.journal.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(self.journal / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise DataError(f"got {self.path}, in which another command is preparing data; wait for it") from error
-        self.check()
-        write_whole(self.journal / PLAN, self.request.model_dump_json(indent=1))
-        for left in [*self.path.glob(f"{UNFINISHED}*"), *self.journal.glob(f"{UNFINISHED}*")]:
-            left.unlink()
-        there = sum(file.stat().st_size for file in self.path.glob("shard-*"))
-        free = shutil.disk_usage(self.path).free
-        if free < needed - there:
-            raise DataError(
-                f"got {self.path} on a disk with {free / 2**30:,.1f} GiB free, expected {(needed - there) / 2**30:,.1f}"
-                " GiB for what is to come; make room, or name another folder"
-            )
-
-    def record(self, number: int) -> Record | None:
-        """Return the record of a shard that is whole; None for one that is to be made, or made again."""
-        path, shard = self.journal / f"{number:05d}.json", self.path / shard_name(number)
-        if not path.is_file() or not shard.is_file():
-            return None
-        try:
-            record = parse(path, Record)
-        except DataError:
-            return None
-        same = shard.stat().st_size == record.shard.bytes and hash_of(shard) == record.shard.sha256
-        return record if same else None
-
-    def keep(self, number: int, file: ShardFile, record: Record) -> None:
-        """Give a shard its name, and write its record down."""
-        write_whole(self.journal / f"{number:05d}.json", record.model_dump_json())
-        file.publish()
-
-    def records(self, count: int) -> list[Record]:
-        """Return the records of all shards, whose files are known to be whole."""
-        return [parse(self.journal / f"{number:05d}.json", Record) for number in range(count)]
-
-    def finish(self, manifest: Manifest) -> None:
-        """Write the manifest: from now on the folder is whole."""
-        write_whole(self.path / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
-
-    def tidy(self) -> None:
-        """Remove the journal of a folder that is whole."""
-        shutil.rmtree(self.journal, ignore_errors=True)
-
-    def release(self) -> None:
-        """Let other commands in; without a claim, nothing."""
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
-
-
 def write_whole(path: Path, text: str) -> None:
-    """Write a file that appears whole or not at all."""
+    """Write a file that appears whole or not at all; raises DataError if there is no room."""
     part = path.with_name(f"{UNFINISHED}{secrets.token_hex(4)}-{path.name}")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
-    _sync(path.parent)
+    with writing(path):
+        try:
+            with part.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+        _sync(path.parent)
 
 
-def _differences(before: Request, now: Request) -> list[str]:
-    """List the entries in which two requests differ, as ``resolution: 256 -> 512``."""
-    old, new = (dict(_leaves(request.model_dump(mode="json"))) for request in (before, now))
-    return [
-        f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
-    ]
-
-
-def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping) and value:
-        for key, item in value.items():
-            yield from _leaves(item, f"{path}.{key}".lstrip("."))
-    else:
-        yield path, value
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Let what goes wrong in writing a file name it, as DataError."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"got {path}, which cannot be written: {error.strerror or error}; make room, and give the command again"
+        ) from error
 
 
 def _sync(folder: Path) -> None:

@@ -5,9 +5,11 @@ n images of R × R pixels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import closing
-from functools import reduce
+import os
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from typing import Any
 
 import numpy as np
@@ -17,28 +19,27 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pathline.core.errors import DataError, PathlineError, ProcessError
+from pathline.core.errors import DataError, InputError, PathlineError, ProcessError
+from pathline.data.prepare.columns import FLIPPED, MAIN, Column
 from pathline.data.prepare.encoding import Encoding
 from pathline.data.prepare.files import Files
+from pathline.data.prepare.folder import Folder, Record
 from pathline.data.prepare.images import Decoder
-from pathline.data.prepare.manifest import (
-    FLIPPED,
-    FORMAT,
-    MAIN,
-    MANIFEST,
-    MOMENTS,
-    Column,
-    Dropped,
-    Manifest,
-    Request,
-    read_manifest,
-    shard_name,
-)
-from pathline.data.prepare.shards import Folder, Record, ShardFile
+from pathline.data.prepare.machine import cores
+from pathline.data.prepare.manifest import FORMAT, MANIFEST, MOMENTS, Dropped, Manifest, read_manifest, shard_name
+from pathline.data.prepare.shards import ShardFile
 from pathline.data.prepare.statistics import Spread
 from pathline.data.sources import ImageSource
 
-__all__ = ["Work"]
+__all__ = ["Stopped", "Work"]
+
+
+FAILED, INTERRUPTED = "failed", "interrupted"  # words that processes leave for one another
+_PAUSE = 0.05  # seconds between looks at the others
+
+
+class Stopped(ProcessError):
+    """Another process has failed; it has said why."""
 
 
 class Work:
@@ -47,7 +48,6 @@ class Work:
     Args:
         source: of the images.
         numbers: of those asked for, in order.
-        request: that the shards answer.
         encoding: of images to columns.
         folder: to write to.
         fabric: launched.
@@ -58,15 +58,16 @@ class Work:
         self,
         source: ImageSource,
         numbers: NDArray[np.int64],
-        request: Request,
         encoding: Encoding,
         folder: Folder,
         fabric: Fabric,
         ahead: int,
     ) -> None:
-        self.source, self.numbers, self.request, self.encoding = source, numbers, request, encoding
+        self.source, self.numbers, self.request, self.encoding = source, numbers, folder.request, encoding
         self.folder, self.fabric, self.ahead = folder, fabric, ahead
         self.columns: dict[str, Column] = {}
+        self._count = -(-len(numbers) // self.request.rows_per_shard)
+        self._parent, self._together = os.getppid(), False
 
     def run(self) -> Manifest:
         """Make what is missing, and with the last shard the manifest.
@@ -74,19 +75,17 @@ class Work:
         Raises:
             DataError: an image that cannot be read or stored, a disk that is too full, or a folder that was whole and
                 has lost a shard.
+            InputError: images that are too large for the memory.
             ProcessError: another process is gone.
         """
         if not (self.folder.path / MANIFEST).exists():
-            self.columns = self.encoding.columns(self.request.resolution, labels=self.source.labels is not None)
             try:
-                if self.fabric.is_global_zero:
-                    self.folder.open(len(self.numbers) * sum(column.bytes for column in self.columns.values()))
-                self._wait()
-                self._make_missing()
-                self._wait()
-                if self.fabric.is_global_zero:
-                    self.folder.finish(self._manifest())
-                self._wait()
+                with self._enough_memory():
+                    self._make_all()
+            except BaseException as error:
+                if self._together and not isinstance(error, Stopped):
+                    self.folder.stop(FAILED if isinstance(error, Exception) else INTERRUPTED)
+                raise
             finally:
                 self.folder.release()
         manifest = read_manifest(self.folder.path)
@@ -95,25 +94,82 @@ class Work:
             self.folder.tidy()
         return manifest
 
-    def _wait(self) -> None:
-        """Wait for all processes."""
+    def _make_all(self) -> None:
+        self.columns = self.encoding.columns(self.request.resolution, labels=self.source.labels is not None)
+        if self.fabric.is_global_zero:
+            self.folder.open(len(self.numbers) * sum(column.bytes for column in self.columns.values()))
+            self._warn_of_idle_processes()
+        self._wait()
+        self._together = self.fabric.world_size > 1  # what lies in the folder is of this command
+        self._make_missing()
+        self._wait()
+        if self.fabric.is_global_zero:
+            self.folder.finish(self._manifest())
+        self._wait()
+
+    @contextmanager
+    def _enough_memory(self) -> Iterator[None]:
         try:
-            self.fabric.barrier()
+            yield
+        except (MemoryError, RuntimeError) as error:
+            if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+                raise
+            side = self.request.resolution
+            raise InputError(
+                f"got no memory for images of {side} x {side}, {self.request.encoded_together} at once "
+                f"({next(iter(str(error).splitlines()), 'out of memory')}); choose a smaller --resolution"
+            ) from error
+
+    def _warn_of_idle_processes(self) -> None:
+        processes = self.fabric.world_size
+        turns = -(-self._count // processes)
+        if self._count < 0.9 * turns * processes:
+            size = -(-len(self.numbers) // (turns * processes))
+            warnings.warn(
+                f"{self._count} shards keep {processes} processes busy for {self._count / turns / processes:.0%} of "
+                f"the time; --rows-per-shard {size} would for all of it, in a new folder",
+                stacklevel=2,
+            )
+
+    def _wait(self) -> None:
+        """Wait for all processes, and hear signals meanwhile."""
+        if self.fabric.world_size == 1:
+            return
+        try:
+            barrier = torch.distributed.barrier(async_op=True)
+            while not barrier.is_completed():
+                self._look()
+                time.sleep(_PAUSE)
+            barrier.wait()
+        except PathlineError:
+            raise
         except RuntimeError as error:  # what gloo raises
+            self._look()
             raise ProcessError(
                 f"lost contact with another process ({str(error).splitlines()[0]}); look at its last words, then give "
                 "the command again"
             ) from error
 
+    def _look(self) -> None:
+        """Leave if another process has failed or was interrupted, or if the one that started this one is gone."""
+        word = self.folder.stopped() if self._together else None
+        if word == INTERRUPTED:
+            raise KeyboardInterrupt
+        if word is not None:
+            raise Stopped("another process has failed; look at its last words, then give the command again")
+        if self.fabric.global_rank > 0 and os.getppid() != self._parent:
+            raise ProcessError("lost the process that started this one; give the command again")
+
     def _make_missing(self) -> None:
-        count = -(-len(self.numbers) // self.request.rows_per_shard)
-        own = range(self.fabric.global_rank, count, self.fabric.world_size)
-        missing = [number for number in own if self.folder.record(number) is None]
-        total = sum(len(self._images_of(number)) for number in missing)
         first, several = self.fabric.is_global_zero, self.fabric.world_size > 1
+        own = range(self.fabric.global_rank, self._count, self.fabric.world_size)
+        looked = tqdm(own, desc="looking at what is there", unit="shard", disable=not first, delay=1)
+        missing = [number for number in looked if self.folder.record(number) is None]
+        total = sum(len(self._images_of(number)) for number in missing)
         words = f"preparing (process 1 of {self.fabric.world_size})" if several else "preparing"
+        threads = max(1, cores() // getattr(self.fabric.strategy, "num_processes", 1))  # those of this machine
         with (
-            closing(Decoder(self.source, self.request.resolution, ahead=self.ahead)) as decoder,
+            closing(Decoder(self.source, self.request.resolution, ahead=self.ahead, threads=threads)) as decoder,
             tqdm(total=total, desc=words, unit="image", disable=not first) as bar,
         ):
             for number in missing:
@@ -131,21 +187,23 @@ class Work:
         spreads: dict[str, Spread] = {}
         with ShardFile(self.folder.path, shard_name(number), self.columns, len(wanted)) as file:
             for group, images in decoder.groups(wanted, self.request.encoded_together):
+                self._look()
                 rows, lost = self._rows(group, images)
-                dropped += [
-                    Dropped(index=i, key=self.source.keys[i], reason=str(why)) for i, why in sorted(lost.items())
-                ]
+                dropped += [self._dropped(number, lost[number]) for number in sorted(lost)]
                 if len(lost) < len(group):
                     file.write(rows)
                     self._take_in(spreads, rows)
                 bar.update(len(group))
-            if not file.rows:
-                raise DataError(
-                    f"got no image that can be stored among {len(wanted)} from {dropped[0].key} on, of which "
-                    f"{dropped[0].reason}; look at the source"
-                )
-            shard = file.kept(number * self.request.rows_per_shard)
+            shard = file.kept(number * self.request.rows_per_shard) if file.rows else None
             self.folder.keep(number, file, Record(shard=shard, dropped=dropped, statistics=spreads))
+
+    def _dropped(self, number: int, why: PathlineError) -> Dropped:
+        """Return what is noted of an image; of names of files that are not UTF-8, the bytes."""
+        key, reason = (
+            text.encode(errors="surrogateescape").decode(errors="backslashreplace")
+            for text in (self.source.keys[number], str(why))
+        )
+        return Dropped(index=number, key=key, reason=reason)
 
     def _rows(
         self, group: Sequence[int], images: Sequence[Tensor | PathlineError]
@@ -183,27 +241,32 @@ class Work:
     def _manifest(self) -> Manifest:
         """Put the records of all shards together."""
         request, kind = self.request, self.encoding.kind
-        records = self.folder.records(-(-len(self.numbers) // request.rows_per_shard))
-        spreads = {
-            name: reduce(Spread.merged, (record.statistics[name] for record in records))
-            for name in records[0].statistics
-        }
-        count, dropped = sum(r.shard.rows for r in records), [gone for r in records for gone in r.dropped]
+        records = self.folder.records(self._count)
+        shards, dropped = [r.shard for r in records if r.shard], [gone for r in records for gone in r.dropped]
+        count = sum(shard.rows for shard in shards)
         if count + len(dropped) != request.count:
             raise DataError(
                 f"got {count} rows and {len(dropped)} images left out, expected {request.count} in all; remove "
                 f"{self.folder.path} and prepare the data again"
             )
+        if not shards:
+            raise DataError(
+                f"got no image that can be stored among {request.count} from {dropped[0].key} on, of which "
+                f"{dropped[0].reason}; look at the source"
+            )
+        spreads: dict[str, Spread] = {}
+        for record in records:
+            for name, found in record.statistics.items():
+                spreads[name] = spreads[name].merged(found) if name in spreads else found
         channels, *sides = self.columns[MAIN[kind]].shape
         return Manifest(
             format=FORMAT,
             count=count,
             shape=[channels // 2 if kind == "moments" else channels, *sides],
-            class_names=list(self.source.class_names),
             latent_kind=kind,
             moments=MOMENTS if kind == "moments" else None,
             columns=self.columns,
-            shards=[record.shard for record in records],
+            shards=shards,
             statistics={name: spread.channels() for name, spread in spreads.items()},
             dropped=dropped,
             request=request,
