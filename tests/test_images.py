@@ -14,10 +14,21 @@ import pytest
 import torch
 from PIL import Image
 
-from pathline import DataError, Draws, InputError, InputTypeError, UnknownNameError, UnknownOptionError, data
+from pathline import (
+    CheckpointError,
+    DataError,
+    Draws,
+    InputError,
+    InputTypeError,
+    UnknownNameError,
+    UnknownOptionError,
+    data,
+)
 from pathline.core.config import resolve
 from pathline.data.crop import centre_crop
-from pathline.training import Trainer
+from pathline.data.features import write_features
+from pathline.encoders.sources import Cached, hash_of_images
+from pathline.training import Trainer, checkpoints
 
 KEYS = [f"{name}/{number}.png" for name in ("ant", "bee", "cow") for number in range(4)][:11]
 LABELS = [0] * 4 + [1] * 4 + [2] * 3
@@ -163,18 +174,41 @@ def test_it_goes_into_other_processes(folder):
     os.waitpid(child, 0)
 
 
-def test_training_on_a_folder_of_images(tmp_path):
-    write(tmp_path / "set", [(9 + number, 12) for number in range(11)])
+def test_stored_features_are_refused_where_images_are_mirrored(folder, tmp_path):
+    """A file of features has none of mirror images, even if it was made of the same configuration."""
+    file, component = tmp_path / "features.safetensors", {"name": "timm", "model": "test_vit"}
+    for flip in (False, True):
+        images = build(folder[0], flip=flip)
+        encoder = {"name": "timm", "sha256": "0" * 64, "weights": "hub", "dim": 5, "grid": [1, 2]}
+        told = {"component": component, "encoder": encoder, "data": images.manifest}
+        write_features(file, [torch.zeros(11, 2, 5)], (11, 2, 5), **told, images=hash_of_images(images))
+        if not flip:
+            assert Cached(file, component, images).dim == 5
+            continue
+        with pytest.raises(DataError, match=f"got {file}, features without those of mirror images.*set flip=false"):
+            Cached(file, component, images)
+
+
+def configuration(tmp_path, **options):
     backbone = {"name": "sit", "input_size": 8, "patch_size": 4, "in_channels": 3, "hidden_size": 12, "depth": 1}
     entries = {
-        "data": {"name": "images", "path": str(tmp_path / "set"), "resolution": 8, "flip": True},
+        "data": {"name": "images", "path": str(tmp_path / "set"), "resolution": 8, "flip": True, **options},
         "backbone": {**backbone, "num_heads": 3, "num_classes": 3},
         "objective": "velocity",
         "train": {"steps": 2, "global_batch": 5, "folder": str(tmp_path / "run"), "accelerator": "cpu"},
         "log": {"tensorboard": False},
     }
-    Trainer(resolve(entries)).run()
+    return resolve(entries)
+
+
+def test_training_on_a_folder_of_images(tmp_path):
+    """It may be gone on with by another number of threads, which changes no image."""
+    write(tmp_path / "set", [(9 + number, 12) for number in range(11)])
+    Trainer(configuration(tmp_path)).run()
     assert (tmp_path / "run" / "checkpoints" / "step-000000002").is_dir()
+    Trainer(configuration(tmp_path, workers=2)).resume(checkpoints.find(tmp_path / "run"))
+    with pytest.raises(CheckpointError, match=r"data\.exif: .* -> True"):
+        Trainer(configuration(tmp_path, workers=2, exif=True)).resume(checkpoints.find(tmp_path / "run"))
 
 
 # --- what it tells of itself -----------------------------------------------------------------------------------------

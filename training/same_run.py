@@ -20,7 +20,7 @@ FREE = (
     "train.stop_at train.folder train.threads train.accelerator train.devices train.num_nodes train.strategy "
     "train.micro_batch train.initialize_from train.activation_checkpointing train.compile train.timeout "
     "train.collect_garbage_every guard.rollback_after guard.max_rollbacks ema.snapshot_every "
-    "log. checkpoint. solver. guidance sample. autoencoder evaluation."
+    "data.workers log. checkpoint. solver. guidance sample. autoencoder evaluation."
 ).split()
 ROUNDED = 1e-5  # relative difference between statistics of the same data
 
