@@ -24,7 +24,7 @@ from pathline.training.drawing import Stopped, Written, check_devices, draw
 from pathline.training.names import default_name
 from pathline.training.record import Order
 from pathline.training.sweeps import Judges, Sweep, points
-from pathline.training.swept import save, table
+from pathline.training.swept import Found, save, table
 from pathline.training.workers import Told, Workers, settle
 
 WRONG, LOST, STOPPED, AT_ONCE = 2, 70, 75, 130
@@ -32,7 +32,7 @@ EXIT_CODES = f"""exit codes:
   0    done
   {WRONG}    a wrong input, or a machine that cannot do it
   {LOST}   another process is gone; what is drawn is kept, and the same command goes on
-  {STOPPED}   stopped by SIGINT or SIGTERM with samples in shards: the same command goes on
+  {STOPPED}   stopped by SIGINT or SIGTERM with samples in shards, or points of a sweep done: the same command goes on
   {AT_ONCE}  stopped before a drawing was finished"""
 
 
@@ -54,6 +54,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--metrics", metavar="NAME,NAME", help="measure each drawing of a sweep, as evaluate.py does")
     parser.add_argument("--reference", help="what those compare with; else the training data's name")
+    parser.add_argument(
+        "--option",
+        metavar="NAME.OPTION=VALUE",
+        action="append",
+        help="of a metric or a feature space, as for evaluate.py; may be repeated",
+    )
     parser.add_argument("--into", type=Path, metavar="FOLDER", help="of a sweep; else sweep in the run's folder")
     given = parser.parse_intermixed_args(arguments)
     try:
@@ -84,7 +90,7 @@ def _terminated_as_interrupted() -> Iterator[None]:
 
 def sample(given: argparse.Namespace) -> int:
     """Draw, write, and print what it cost; return the exit code."""
-    for name in ("metrics", "reference", "into"):
+    for name in ("metrics", "reference", "option", "into"):
         if getattr(given, name) is not None:
             raise ConfigurationError(f"got --{name} without --sweep, which it is of; measure samples by evaluate.py")
     cpu = time.process_time()
@@ -99,7 +105,7 @@ def sample(given: argparse.Namespace) -> int:
     try:
         done = draw(order, workers)
     except Stopped as stop:
-        return _stopped(stop, workers)
+        return _stopped(str(stop), workers)
     if workers.rank == 0:
         print(f"{_cost(done)} ({time.process_time() - cpu:.1f} CPU s with loading and writing)")
         print(("wrote " if done.drawn else "found ") + ", ".join(map(str, done.paths)))
@@ -113,17 +119,20 @@ def sweep(given: argparse.Namespace) -> int:
         weights, given.entries, points(given.sweep), given.into or _beside(weights) / "sweep", pathline.__version__
     )
     configuration = plan.check()
-    check_devices(configuration.sample, configuration.sample.devices)
     settle(configuration)
     workers = Workers(configuration.sample.devices, configuration.train.accelerator)
-    judges = _judges(given, configuration, workers)
+    judges = _judges(given, plan, configuration, workers)
+    found: list[Found] = []
     paths: list[Path] = []
     try:
         for found in plan.run(workers, judges):
             if workers.rank == 0:
                 paths = save(found, plan.folder)
-    except Stopped as stop:
-        return _stopped(stop, workers)
+    except (Stopped, KeyboardInterrupt) as stop:
+        if not found and not isinstance(stop, Stopped):
+            raise
+        done = f"{len(found)} of {len(plan.points)} points are done"
+        return _stopped(f"{stop}; {done}" if str(stop) else f"stopped: {done}; the same command goes on", workers)
     if workers.rank == 0:
         print(f"{table(found)}\nwrote {', '.join(map(str, paths))}")
         for line in dict.fromkeys(line for entry in found for line in entry.warnings):
@@ -133,19 +142,24 @@ def sweep(given: argparse.Namespace) -> int:
     return 0
 
 
-def _judges(given: argparse.Namespace, configuration: Configuration, workers: Workers) -> Judges | None:
+def _judges(given: argparse.Namespace, plan: Sweep, configuration: Configuration, workers: Workers) -> Judges | None:
     """Return, in the first process, what measures; what is wrong with it is told before anything is drawn."""
     if given.metrics is None:
         return None
     built: list[Judges] = []
     names = [name for name in given.metrics.split(",") if name]
     reference = given.reference or configuration.data["name"]
-    workers.first(lambda: built.append(Judges.of(names, reference, workers.device)))
+
+    def build() -> None:
+        built.append(Judges.of(names, reference, workers.device, given.option or ()))
+        plan.check(built[0])
+
+    workers.first(build)
     return built[0] if built else None
 
 
-def _stopped(stop: Stopped, workers: Workers) -> int:
-    return workers.code(_say(str(stop), STOPPED) if workers.rank == 0 else STOPPED)
+def _stopped(words: str, workers: Workers) -> int:
+    return workers.code(_say(words, STOPPED) if workers.rank == 0 else STOPPED)
 
 
 def _beside(weights: Path) -> Path:

@@ -93,24 +93,31 @@ class Parts:
         return flow
 
 
-def build(configuration: Configuration, *, training: bool = True, data: Dataset | None = None) -> Parts:
+def build(
+    configuration: Configuration, *, training: bool = True, data: Dataset | None = None, like: Parts | None = None
+) -> Parts:
     """Build every part; the backbone's first weights are a function of ``train.seed``.
 
     Args:
         configuration: of a run.
         training: whether the loss will be evaluated; else encoders are left out, for samples need none.
         data: in the place of the data set that the configuration names; sampling takes what is ``Described``.
+        like: parts whose path, network, objective and autoencoder are taken, since the configuration names the same.
 
     Raises:
         ConfigurationError: options that a part refuses, or parts that do not fit one another; lists all of them.
     """
     c, problems = configuration, _Problems()
     dataset = problems.collect("data", lambda: datasets.build(c.data)) if data is None else data
-    interpolant = problems.collect("interpolant", lambda: interpolants.build(c.interpolant))
-    backbone = problems.collect("backbone", lambda: _backbone(c))
+    interpolant: Any = (
+        like.interpolant if like else problems.collect("interpolant", lambda: interpolants.build(c.interpolant))
+    )
+    backbone = like.backbone if like else problems.collect("backbone", lambda: _backbone(c))
     # an objective is built on the path: without one there is nothing more to say
-    objective: Any = interpolant and problems.collect(
-        "objective", lambda: objectives.build(c.objective, interpolant=interpolant)
+    objective: Any = interpolant and (
+        like.objective
+        if like
+        else problems.collect("objective", lambda: objectives.build(c.objective, interpolant=interpolant))
     )
     solver = problems.collect("solver", lambda: solvers.build(c.solver))
     guides = [
@@ -122,7 +129,9 @@ def build(configuration: Configuration, *, training: bool = True, data: Dataset 
         for i, item in enumerate(c.encoders if training and dataset else ())
     ]
     named = c.autoencoder
-    autoencoder = None if named is None else problems.collect("autoencoder", lambda: autoencoders.build(named))
+    autoencoder = like.autoencoder if like else None
+    if named is not None and like is None:
+        autoencoder = problems.collect("autoencoder", lambda: autoencoders.build(named))
     problems.report()
     parts = Parts(
         c,

@@ -135,14 +135,16 @@ def _draw(axes: Axes, name: str, found: Sequence[Found]) -> None:
     from matplotlib.ticker import MaxNLocator
 
     along = _along(found)
+    in_words = any(isinstance(_place(entry, along), str) for entry in found)
     lines: dict[str, list[tuple[Any, float]]] = {}
     for entry in found:
         if name in entry.figures:
             others = {key: value for key, value in entry.point.items() if key not in _told_by(along)}
             label = ", ".join(f"{key} {_cell(value)}" for key, value in others.items())
-            lines.setdefault(label, []).append((_place(entry, along), entry.figures[name]))
+            place = _place(entry, along)
+            lines.setdefault(label, []).append((str(place) if in_words else place, entry.figures[name]))
     for number, (label, line) in enumerate(lines.items()):
-        x, y = zip(*(line if isinstance(line[0][0], str) else sorted(line)), strict=True)
+        x, y = zip(*(line if in_words else sorted(line)), strict=True)
         axes.plot(x, y, "o-", color=COLOURS[number % len(COLOURS)], markersize=4, linewidth=1.3, label=label)
     metric, _, figure = name.rpartition(", ")
     axes.set_title(figure, loc="left", fontweight="bold")

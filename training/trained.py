@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -19,14 +20,14 @@ from pathline.core.flow import Flow
 from pathline.core.foreign import PICKLED
 from pathline.data import Dataset
 from pathline.training import checkpoints
-from pathline.training.described import Described, read_trained
+from pathline.training.described import Described, Trained, read_trained
 from pathline.training.exported import load_exported, read_record
 from pathline.training.latents import SHAPED, changes_of_samples
 from pathline.training.manifest import SUFFIX, parse
 from pathline.training.parts import Parts, build
 from pathline.training.released import RELEASED_WORDS, is_released, read_released
 
-__all__ = ["average_of", "find", "identity", "load"]
+__all__ = ["Loader", "average_of", "find", "identity", "load"]
 
 _WORDS = (
     "sample.",
@@ -60,33 +61,69 @@ def load(path: Path, words: Sequence[str]) -> tuple[Configuration, Parts]:
         ConfigurationError: words that do not fit, or that change what was trained.
         WeightsError: another program's weights that cannot be read, or do not tell or fit their network.
     """
-    released = is_released(path, words)
-    for word in words:
-        if not word.startswith((*_WORDS, *(RELEASED_WORDS if released else ()))):
-            wanted = ", ".join(f"{start}…" for start in (*_WORDS, *(RELEASED_WORDS if released else ())))
-            raise ConfigurationError(f"got {word!r} for a trained model, expected one of {wanted} alone")
-    configuration: Configuration
-    fill: Callable[[nn.Module], None]
-    data: Described | None
-    if released:
-        configuration, filled = read_released(path, words)
-        fill, data = filled, filled.data
-    else:
-        trained = read_trained(path)
-        entries = trained.configuration.model_dump(mode="json")
-        if path.is_file():  # of one average, whatever was chosen in training
+    return Loader(path).load(words)
+
+
+class Loader:
+    """Loads a trained model by words, and by others after them: what both have in common is read once.
+
+    So a checkpoint is verified once, and the network is built anew only where other words than of ``solver``,
+    ``guidance`` and ``sample``, or another average, ask for it.
+
+    Args:
+        path: as of ``load``.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._trained: Trained | None = None
+        self._last: tuple[dict[str, Any], Parts] | None = None
+
+    def load(self, words: Sequence[str]) -> tuple[Configuration, Parts]:
+        """See the function ``load``."""
+        released = is_released(self.path, words)
+        for word in words:
+            if not word.startswith((*_WORDS, *(RELEASED_WORDS if released else ()))):
+                wanted = ", ".join(f"{start}…" for start in (*_WORDS, *(RELEASED_WORDS if released else ())))
+                raise ConfigurationError(f"got {word!r} for a trained model, expected one of {wanted} alone")
+        configuration: Configuration
+        fill: Callable[[nn.Module], None]
+        data: Described | None
+        if released:
+            configuration, filled = read_released(self.path, words)
+            fill, data = filled, filled.data
+        else:
+            configuration, data = self._configured(words)
+            fill = partial(_load_average, path=self.path, configuration=configuration)
+        configuration, loaded = _with_weak_models(configuration, data)
+        decided = _decisive(configuration)
+        if self._last is not None and self._last[0] == decided:
+            like = self._last[1]
+            built = build(loaded, training=False, data=like.dataset, like=like)
+            return configuration, replace(built, configuration=configuration)
+        parts = replace(build(loaded, training=False, data=data), configuration=configuration)
+        if data is not None and any(word.startswith("data.") for word in words) and not released:
+            parts = replace(parts, dataset=_named_data(configuration, data))
+        fill(parts.backbone)
+        self._last = decided, parts
+        return configuration, parts
+
+    def _configured(self, words: Sequence[str]) -> tuple[Configuration, Described | None]:
+        """Return the configuration of a model of ours with words applied, and what it tells of its data."""
+        self._trained = self._trained or read_trained(self.path)
+        entries = self._trained.configuration.model_dump(mode="json")
+        if self.path.is_file():  # of one average, whatever was chosen in training
             entries["sample"]["average"] = None
         configuration = resolve(overrides.apply(entries, words))
-        if path.is_file():
-            _check_average(path, configuration)
-        fill = partial(_load_average, path=path, configuration=configuration)
-        data = trained.data
-    configuration, loaded = _with_weak_models(configuration, data)
-    parts = replace(build(loaded, training=False, data=data), configuration=configuration)
-    if data is not None and any(word.startswith("data.") for word in words) and not released:
-        parts = replace(parts, dataset=_named_data(configuration, data))
-    fill(parts.backbone)
-    return configuration, parts
+        if self.path.is_file():
+            _check_average(self.path, configuration)
+        return configuration, self._trained.data
+
+
+def _decisive(configuration: Configuration) -> dict[str, Any]:
+    """Return the entries that decide over the network, its weights, data and autoencoder."""
+    others = configuration.model_dump(mode="json", exclude={"solver", "guidance", "sample"})
+    return {**others, "average": average_of(configuration)}
 
 
 def _check_average(path: Path, configuration: Configuration) -> None:
