@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from pathline.core.errors import DataError
 
@@ -94,7 +94,7 @@ def rgb(image: Image.Image, name: str) -> Image.Image:
 
 
 @contextmanager
-def _opened(content: bytes | Path, name: str) -> Iterator[Image.Image]:
+def _opened(content: bytes | Path, name: str) -> Iterator[ImageFile.ImageFile]:
     """Open an image, its pixels not decoded yet; what is raised meanwhile becomes a DataError that names it."""
     try:
         with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content, formats=_FORMATS) as image:
@@ -127,7 +127,7 @@ def _scaled(image: Image.Image, name: str) -> Image.Image:
     return Image.fromarray(((levels + 128) // 257).astype(np.uint8))
 
 
-def _transparent(image: Image.Image) -> Any:
+def _transparent(image: ImageFile.ImageFile) -> Any:
     """Return the transparent level or colour of an image that is opened, as its pixels will have it once decoded.
 
     PNG tells of it as it is stored: grey of 2 and 4 bits is scaled, and of colours of 16 bits the high byte is kept,
