@@ -8,27 +8,55 @@ rows. N samples, T tokens, D width.
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import glob
 import hashlib
 import json
+import math
 import os
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, BinaryIO
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Json, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pathline.core.errors import DataError
 
-__all__ = ["FeatureFile", "check_place", "encoder_changes", "write_features"]
+__all__ = ["EncoderManifest", "FeatureFile", "check_place", "encoder_changes", "write_features"]
 
 FORMAT = "pathline features 1"
 HASH = "sha256"
-TOLD = {"component", "encoder", "data", "images", HASH}
+
+
+class _Needed(BaseModel):
+    model_config = ConfigDict(extra="ignore", strict=True)
+    weights: str
+    sha256: str
+    grid: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=2, max_length=2)]
+
+
+def _checked(told: dict[str, Any]) -> dict[str, Any]:
+    _Needed.model_validate(told)
+    return told
+
+
+EncoderManifest = Annotated[dict[str, Any], AfterValidator(_checked)]
+"""What an encoder tells of itself: its weights, their hash, the grid of its tokens, and more."""
+
+
+class _Header(BaseModel):
+    model_config = ConfigDict(extra="ignore", strict=True)
+    component: Json[dict[str, Any]]
+    encoder: Json[EncoderManifest]
+    data: Json[dict[str, Any]]
+    images: str
+    sha256: str
 
 
 class FeatureFile:
@@ -49,10 +77,14 @@ class FeatureFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         told = _header(path)
-        self.component: dict[str, Any] = json.loads(told["component"])
-        self.data: dict[str, Any] = json.loads(told["data"])
-        self.encoder: dict[str, Any] = json.loads(told["encoder"])
-        self.images, self.sha256, self._rows = told["images"], told[HASH], _mapped(path)
+        self.component, self.data, self.encoder = told.component, told.data, told.encoder
+        self.images, self.sha256, self._rows = told.images, told.sha256, _mapped(path)
+        wanted = math.prod(self.encoder["grid"])
+        if self._rows.shape[1:-1] != (wanted,):
+            raise DataError(
+                f"got {path} with features of shape {self._rows.shape}, expected (N, {wanted}, D) for the grid "
+                f"{self.encoder['grid']}; make it anew"
+            )
         count, tokens, dim = self._rows.shape
         self.shape = (int(count), int(tokens), int(dim))
 
@@ -116,7 +148,7 @@ def _differing(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]
     return [key for key in sorted(first.keys() | second.keys()) if first.get(key) != second.get(key)]
 
 
-def _header(path: Path) -> dict[str, str]:
+def _header(path: Path) -> _Header:
     """Return the metadata of a whole file."""
     if not path.is_file():
         raise DataError(f"got no features at {path}; make them by python -m pathline.encoders.cache")
@@ -126,9 +158,15 @@ def _header(path: Path) -> dict[str, str]:
             found = {name: file.get_slice(name).get_dtype() for name in file.keys()}
     except SafetensorError as error:
         raise DataError(f"got {path}, a damaged file ({error}); make it anew") from error
-    if told.get("format") != FORMAT or found != {"features": "F16"} or TOLD - told.keys():
+    if told.get("format") != FORMAT or found != {"features": "F16"}:
         raise DataError(f"got {path}, which holds no features ({FORMAT}); use python -m pathline.encoders.cache")
-    return told
+    try:
+        return _Header.model_validate(told)
+    except ValidationError as error:
+        place, said = (error.errors()[0][key] for key in ("loc", "msg"))
+        raise DataError(
+            f"got {path}, which holds no features ({FORMAT}): {'.'.join(map(str, place))}: {said}; make it anew"
+        ) from error
 
 
 def _mapped(path: Path) -> NDArray[np.float16]:
@@ -173,7 +211,7 @@ def write_features(
         HASH: 64 * "0",
     }
     words = {key: value if isinstance(value, str) else json.dumps(value) for key, value in told.items()}
-    with _replacing(path) as part, part.open("wb") as file:
+    with _replacing(path) as file:
         file.write(_encoded(words, shape))
         words[HASH] = _write_rows(file, batches, shape)
         file.seek(0)
@@ -189,11 +227,21 @@ def check_place(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Give a new name beside a file, which takes the file's place at the end, or is removed after an error."""
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """Give a file beside a path, which takes its place at the end, or is removed after an error.
+
+    What commands left that were killed is removed as well; those at work hold a lock, where the file system knows any.
+    """
+    for left in path.parent.glob(f".{glob.escape(path.name)}.{8 * '[0-9a-f]'}"):
+        with contextlib.suppress(OSError), left.open("rb") as old:
+            fcntl.flock(old, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            left.unlink()
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        yield part
+        with part.open("wb") as file:
+            with contextlib.suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield file
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)

@@ -19,6 +19,7 @@ from torch import Tensor
 from pathline.core.errors import DataError, InputError, InputTypeError
 from pathline.data.base import Batch, Dataset, Indices, as_indices, registry
 from pathline.data.packed import Rows, files_in, read
+from pathline.data.prepare.statistics import Spread
 
 __all__ = ["Latents"]
 
@@ -55,12 +56,14 @@ class Latents(Dataset):
     data_are_images = False
 
     def __init__(self, path: str, *, num_classes: int = 1000, scale: float = 0.18215, images: bool = False) -> None:
-        numbers = isinstance(num_classes, int) and isinstance(scale, int | float) and not isinstance(scale, bool)
-        if not isinstance(path, str | Path) or not numbers:
+        numbers = isinstance(num_classes, int) and isinstance(scale, int | float)
+        if not isinstance(path, str | Path) or not numbers or bool in (type(num_classes), type(scale)):
             raise InputTypeError(
                 f"got path {path!r}, num_classes {num_classes!r}, scale {scale!r}; expected a text, a whole number and "
                 "a number"
             )
+        if not isinstance(images, bool):
+            raise InputTypeError(f"got images {images!r}, expected true or false")
         if num_classes < 0 or not 0 < scale < math.inf:
             raise InputError(f"got num_classes {num_classes}, scale {scale}; expected 0 or more, and a scale above 0")
         self.num_classes, self.scale, self.images = num_classes, float(scale), images
@@ -117,26 +120,20 @@ class Latents(Dataset):
         Raises:
             DataError: no row is left.
         """
-        means, squares, ends, lost = [], [], [], []
+        spread: Spread | None = None
+        lost: list[int] = []
         for start in range(0, len(self), _CHUNK):
             data = self._latents(np.arange(start, min(start + _CHUNK, len(self))))
             finite = data.isfinite().flatten(1).all(1)
             lost += (start + (~finite).nonzero().flatten()).tolist()
-            data = data[finite]
-            if not len(data):
-                continue
-            values = data.double().flatten(2)
-            ends += [float(end) for end in torch.aminmax(data)]
-            means.append(values.mean(2))
-            squares.append(values.sub_(means[-1].unsqueeze(2)).square_().sum(2))
-        if not means:
+            if bool(finite.any()):
+                found = Spread.of(data[finite])
+                spread = found if spread is None else spread.merged(found)
+        if spread is None:
             raise DataError(f"got latents in {self.files[0].path} without a row of finite values; pack them again")
-        # squares within the rows, and of the rows about their mean: sums of squares of values would lose digits
-        row, pixels = torch.cat(means), self.shape[1] * self.shape[2]
-        total = torch.cat(squares).sum(0) + pixels * (row - row.mean(0)).square().sum(0)
-        deviation = (total / max(len(row) * pixels - 1, 1)).sqrt()
+        told = spread.channels()
         left_out = {"left_out": {"count": len(lost), "rows": lost[:_NAMED]}} if lost else {}
-        return {"mean": row.mean(0).tolist(), "std": deviation.tolist(), "range": [min(ends), max(ends)], **left_out}
+        return {"mean": told.mean, "std": told.std, "range": [min(told.low), max(told.high)], **left_out}
 
     @cached_property
     def manifest(self) -> dict[str, Any]:

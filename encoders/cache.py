@@ -24,9 +24,11 @@ from pathline.encoders.sources import Computed, hash_of_images
 
 __all__ = ["cache", "main"]
 
+INTERRUPTED = 75  # exit code, that of training
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; return its exit code: 0, or 2 for a wrong input."""
+    """Run the command; return its exit code: 0, 2 for a wrong input, or 75 if interrupted."""
     parser = argparse.ArgumentParser(
         prog="pathline.encoders.cache", description="Encode the data set of a configuration once, for training."
     )
@@ -49,6 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         component = {key: value for key, value in c.encoders[given.encoder].items() if key != "cache"}
         dataset = data.build(c.data)
         cache(component, dataset, given.output, batch=given.batch, device=device)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; nothing was written to {given.output}: give the command again", file=sys.stderr)
+        return INTERRUPTED
     except (PathlineError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

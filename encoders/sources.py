@@ -111,7 +111,8 @@ class Cached(Source):
             )
         file.check(component, weights, dataset.manifest, hash_of_images(dataset))
         told = file.encoder
-        self.dim, self.grid = file.shape[2], (int(told["grid"][0]), int(told["grid"][1]))
+        rows, columns = told["grid"]
+        self.dim, self.grid = file.shape[2], (rows, columns)
         self.manifest = {**told, "cache": file.sha256}
         self._rows: Callable[[Batch], Tensor] = lambda batch: file.rows(batch["index"])
 
@@ -129,8 +130,8 @@ class Cached(Source):
                 "what made them, or prepare the data again"
             )
         told = made.encoder
-        self.dim, self.grid = int(told["dim"]), (int(told["grid"][0]), int(told["grid"][1]))
-        self.manifest = {**told, "cache": dataset.told.sha256}
+        (_, self.dim), (rows, columns) = dataset.told.columns[column].shape, told["grid"]
+        self.grid, self.manifest = (rows, columns), {**told, "cache": dataset.told.sha256}
         self._rows = lambda batch: batch[column]
 
     def tokens(self, batch: Batch, device: torch.device) -> Tensor:

@@ -333,9 +333,12 @@ def test_options_and_indices_out_of_range(folder):
     for options in ({"scale": 0.0}, {"scale": float("inf")}, {"num_classes": -1}):
         with pytest.raises(InputError, match="expected 0 or more, and a scale above 0"):
             data.build("latents", path=str(folder[0]), **options)
-    for options in ({"path": 3}, {"scale": "1"}, {"scale": True}, {"num_classes": "10"}, {"num_classes": 2.0}):
+    wrong = ({"path": 3}, {"scale": "1"}, {"scale": True}, {"num_classes": "10"}, {"num_classes": 2.0})
+    for options in (*wrong, {"num_classes": True}):
         with pytest.raises(InputTypeError, match="expected a text, a whole number and a number"):
             data.build("latents", **{"path": str(folder[0]), **options})
+    with pytest.raises(InputTypeError, match="got images 1, expected true or false"):
+        data.build("latents", path=str(folder[0]), images=1)
     latents = build(folder[0])
     for indices in ([11], [-1], [[0]]):
         with pytest.raises(InputError, match="numbers from 0 to 10"):

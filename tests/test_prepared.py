@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.util
 import json
@@ -13,13 +14,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from pathline import CheckpointError, DataError, Draws, InputError, InputTypeError, data
 from pathline.core.config import resolve
+from pathline.data.features import FeatureFile, write_features
 from pathline.data.prepare import Options, command
 from pathline.data.prepare.command import prepare
 from pathline.encoders import Cached, Computed
+from pathline.encoders import cache as features
 from pathline.training import Trainer
 
 spec = importlib.util.spec_from_file_location("preparing", Path(__file__).with_name("preparing.py"))
@@ -264,6 +267,64 @@ def test_features_of_something_else_are_refused(folder, pixels, tmp_path):
     assert Cached(tmp_path / "plain", preparing.TOKENS, build(tmp_path / "plain")).dim == 3
 
 
+def token_file(path, shape=(5, 6, 2), **changed) -> Path:
+    """A file of features as its header may be, forged or not."""
+    made = {"weights": "hub", "sha256": "e1", "dim": 2, "grid": [2, 3]}
+    told = {"format": "pathline features 1", "component": json.dumps({"name": "tokens"}), "encoder": json.dumps(made)}
+    told |= {"data": "{}", "images": "a", "sha256": "b"}
+    save_file({"features": torch.zeros(shape).half()}, path, {**told, **changed})
+    return path
+
+
+@pytest.mark.parametrize(
+    ("shape", "changed", "said"),
+    [
+        ((5, 6, 2), {"component": "not json"}, "component: Invalid JSON"),
+        ((5, 6, 2), {"data": "3"}, "data: Input should be a valid dictionary"),
+        ((5, 6, 2), {"encoder": "[]"}, "encoder: Input should be a valid dictionary"),
+        ((5, 6, 2), {"encoder": "{}"}, "encoder.weights: Field required"),
+        (
+            (5, 6, 2),
+            {"encoder": '{"weights": "hub", "sha256": "e1", "grid": [2, "3"]}'},
+            "encoder.grid.1: Input should",
+        ),
+        ((5, 6, 2), {"encoder": "[" * 100_000}, "encoder: Invalid JSON"),
+        ((5, 12), {}, "with features of shape (5, 12), expected (N, 6, D)"),
+        ((5, 3, 2), {}, "with features of shape (5, 3, 2), expected (N, 6, D) for the grid [2, 3]"),
+        ((5, 6, 2, 1), {}, "with features of shape (5, 6, 2, 1), expected (N, 6, D)"),
+    ],
+)
+def test_files_of_features_with_a_forged_header_are_refused(shape, changed, said, tmp_path):
+    path = token_file(tmp_path / "features", shape, **changed)
+    with pytest.raises(DataError, match="make it anew") as error:
+        FeatureFile(path)
+    assert str(path) in str(error.value) and said in str(error.value)
+    assert FeatureFile(token_file(tmp_path / "whole")).shape == (5, 6, 2)
+
+
+def test_what_a_killed_command_left_of_features_is_removed(tmp_path):
+    """But not what one at work holds a lock of, nor what looks alike."""
+    for name in (".x[1].0123abcd", ".x[1].89abcdef", ".x[1].keep", ".y.0123abcd", "x[1]"):
+        (tmp_path / name).write_bytes(b"a")
+    made = {"weights": "hub", "sha256": "e1", "grid": [1, 2]}
+    with (tmp_path / ".x[1].89abcdef").open("rb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        write_features(
+            tmp_path / "x[1]", [torch.ones(5, 2, 3)], (5, 2, 3), component={}, encoder=made, data={}, images="a"
+        )
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".x[1].89abcdef", ".x[1].keep", ".y.0123abcd", "x[1]"]
+    assert FeatureFile(tmp_path / "x[1]").shape == (5, 2, 3)
+
+
+def test_an_interrupted_command_of_features_says_so(monkeypatch, tmp_path, capsys):
+    def interrupted(*words):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(features, "load", interrupted)
+    assert features.main(["c.yaml", str(tmp_path / "out"), "--device", "cpu"]) == 75
+    assert f"interrupted; nothing was written to {tmp_path / 'out'}" in capsys.readouterr().err
+
+
 # --- what is refused
 
 
@@ -332,6 +393,10 @@ MANIFESTS = [
     ({"request__autoencoder__scaling__std": [1.0, 0.0]}, "a scaling that is none"),
     ({"request__autoencoder__scaling__std": [1.0]}, "a scaling of other than 2 channels"),
     ({"request__encoders": {}}, "the columns"),
+    ({"request__encoders__tokens__encoder": {}}, "tokens.encoder.weights: Field required"),
+    ({"request__encoders__tokens__encoder__grid": [2]}, "tokens.encoder.grid: List should have at least 2 items"),
+    ({"request__encoders__tokens__encoder__grid": [2, 3]}, "expected [6, D] of the grid [2, 3]"),
+    ({"columns__features_tokens__shape": [2, 2, 3]}, "features of tokens of shapes [[2, 2, 3], [4, 3]]"),
     ({"request__rows_per_shard": 37}, "of 17 rows from 17 on, 37 a shard"),
     ({"request__rows_per_shard": 0}, "greater than or equal to 1"),
     ({"request__device": 3}, "device: Input should be a valid string"),

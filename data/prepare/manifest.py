@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, NamedTuple, TypeVar
@@ -14,6 +15,7 @@ from typing import Annotated, Any, Final, Literal, NamedTuple, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pathline.core.errors import DataError
+from pathline.data.features import EncoderManifest
 from pathline.data.prepare.columns import FEATURES, FLIPPED, MAIN, Column, Natural, Positive, Strict
 
 __all__ = [
@@ -88,7 +90,7 @@ class Features(Strict):
     """An encoder whose tokens are stored: its entry in a configuration, and what it tells of itself."""
 
     component: dict[str, Any]
-    encoder: dict[str, Any]
+    encoder: EncoderManifest
 
 
 class Request(Strict):
@@ -199,6 +201,10 @@ class Manifest(Strict):
             yield f"the columns {', '.join(sorted(self.columns))}, expected {', '.join(sorted(names))}"
         elif any(self.columns[name].shape != stored for name in data):
             yield f"{self.main} of shape {self.columns[self.main].shape}, expected {stored}"
+        for name, made in self.request.encoders.items():
+            count, shapes = math.prod(made.encoder["grid"]), [self.columns[FEATURES + name + end].shape for end in ends]
+            if len(shapes[0]) != 2 or shapes[0][0] != count or shapes[0] != shapes[-1]:
+                yield f"features of {name} of shapes {shapes}, expected [{count}, D] of the grid {made.encoder['grid']}"
         told = [(it.mean, it.std, it.low, it.high) for it in self.statistics.values()]
         if sorted(self.statistics) != sorted(data) or any(len(values) != stored[0] for it in told for values in it):
             yield f"statistics of {', '.join(self.statistics)}, expected {stored[0]} channels of {', '.join(data)}"
