@@ -18,6 +18,7 @@ from pathline.core.registry import Entry
 from pathline.metrics import features as spaces
 from pathline.metrics.base import Metric, Real, Record, Reference, registry
 from pathline.metrics.features import Features
+from pathline.metrics.sets import ImageReference
 
 __all__ = ["Evaluation", "component"]
 
@@ -144,13 +145,32 @@ class Evaluation:
         options = {**self._options.get(named["name"], {}), **named}
         key = json.dumps(options, sort_keys=True, default=str)
         if key not in self._spaces:
-            known = spaces.registry.entry(named["name"]).options()
-            if "training" in known and isinstance(self.reference, Real):
-                options["training"] = self.reference.training
-            built = spaces.registry.build(options)
+            built = spaces.registry.build({**self._fitted(named["name"], options), **options})
             built.to(self.device)
             self._spaces[key] = built
         return self._spaces[key]
+
+    def _fitted(self, space: str, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what a feature space is fitted on, where it is fitted and nothing is named for it.
+
+        Raises:
+            InputError: the reference has no images for it.
+        """
+        known, reference = spaces.registry.entry(space).options(), self.reference
+        if "training" not in known or "training" in given:
+            return {}
+        if isinstance(reference, Real):
+            return {"training": reference.training}
+        if isinstance(reference, ImageReference):
+            return {"training": reference}
+        if "shape" in known and reference is not None and reference.shape is not None:
+            return {"shape": reference.shape}
+        if known["training"].default is known["training"].empty:
+            raise InputError(
+                f"got nothing to fit the feature space {space} on, as the reference is no images; set "
+                f"{space}.training to a data set or a place of images (--option {space}.training=…)"
+            )
+        return {}
 
 
 def component(metric: str | Mapping[str, Any]) -> Component:

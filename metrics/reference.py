@@ -21,6 +21,7 @@ import pathline
 from pathline import data
 from pathline.core.draws import Draws
 from pathline.core.errors import DataError, InputError, PathlineError
+from pathline.data import Dataset
 from pathline.metrics import features as spaces
 from pathline.metrics.evaluation import component
 from pathline.metrics.features import Features, as_levels
@@ -29,7 +30,7 @@ from pathline.metrics.samples import Samples
 from pathline.metrics.sets import KEPT, ImageReference, collect
 from pathline.metrics.stored import ADM, AdmReference, StatisticsReference, names_in, write_adm, write_statistics
 
-__all__ = ["Reference", "find", "main"]
+__all__ = ["Reference", "find", "images_of", "main"]
 
 
 def find(source: str | Path | Mapping[str, Any]) -> Reference:
@@ -103,7 +104,7 @@ def _write(given: argparse.Namespace) -> None:
             f"got {given.output} and --kept {given.kept}, expected a file {suffix} in a folder that is there, and 1 or "
             "more images"
         )
-    source = _images(given.data, _options(given.entries))
+    source = images_of(given.data, _options(given.entries))
     features = _space(given, source)
     features.to(torch.device(given.device))
     seen = tqdm(total=source.count, desc="reference", unit="image")
@@ -140,17 +141,29 @@ def _options(entries: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def _images(source: str, options: Mapping[str, Any]) -> ImageReference:
-    """Return the images of a source; a data set of two halves gives the first unless its split is named."""
-    if source in data.names():
-        return ImageReference.of_data(data.build({"name": source, **options}))
-    found = find(source)
-    if options or not isinstance(found, ImageReference):
-        raise InputError(
-            f"got {source} with {', '.join(options) or 'statistics'}, expected images: a data set by name with its "
-            "options, an .npz of images, or a folder of them"
-        )
-    return found
+def images_of(
+    source: Dataset | str | Path | Mapping[str, Any], options: Mapping[str, Any] | None = None
+) -> ImageReference:
+    """Return the images of a data set, or of what ``find`` knows; of two halves the first, unless a split is named.
+
+    Args:
+        source: a data set, its name or ``{"name": …, **options}``, or a path.
+        options: of a data set by name.
+
+    Raises:
+        DataError: nothing of that name, or data without images.
+        InputError: no images.
+    """
+    if isinstance(source, Path) or (isinstance(source, str) and source not in data.names()):
+        found = find(source)
+        if options or not isinstance(found, ImageReference):
+            raise InputError(
+                f"got {source} with {', '.join(options or ()) or 'statistics'}, expected images: a data set by name "
+                "with its options, an .npz of images, or a folder of them"
+            )
+        return found
+    named = {"name": source, **options} if options and isinstance(source, str) else source
+    return ImageReference.of_data(data.build(named))
 
 
 def _space(given: argparse.Namespace, source: ImageReference) -> Features:
@@ -160,7 +173,8 @@ def _space(given: argparse.Namespace, source: ImageReference) -> Features:
     if given.unverified:
         added["unverified"] = True
     if "training" in options:
-        added["training"] = {"name": given.data, **_options(given.entries)}
+        of_data = given.data in data.names()
+        added["training"] = {"name": given.data, **_options(given.entries)} if of_data else source
     return spaces.registry.build({**named, **added})
 
 

@@ -5,6 +5,8 @@ N images of the set, K whose features are kept, D features.
 
 from __future__ import annotations
 
+import hashlib
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -82,6 +84,7 @@ class ImageReference(Reference):
         count: N.
         batches: gives all images from the first on, whenever it is called.
         num_classes: number of their labels; None where there are none.
+        hashed: whether the manifest gets the SHA-256 of the images, which are levels, one after the other.
     """
 
     def __init__(
@@ -91,9 +94,11 @@ class ImageReference(Reference):
         count: int,
         batches: Callable[[], Iterator[Tensor]],
         num_classes: int | None = None,
+        *,
+        hashed: bool = False,
     ) -> None:
-        self.manifest, self.shape, self.count, self.batches = manifest, shape, count, batches
-        self.num_classes = num_classes
+        self.shape, self.count, self.num_classes = shape, count, num_classes
+        self._manifest, self._batches, self._hashed = dict(manifest), batches, hashed
         self._seen: list[tuple[Features, int, Collected]] = []
 
     @classmethod
@@ -118,7 +123,34 @@ class ImageReference(Reference):
     def of_samples(cls, samples: Samples) -> ImageReference:
         """Take images on disk: an ``.npz`` with ``arr_0``, a folder of shards or a folder of images of one size."""
         manifest = {"kind": "images", "path": samples.path.name, "count": samples.count, "shape": list(samples.shape)}
-        return cls(manifest, samples.shape, samples.count, lambda: (images for images, _ in samples.batches(_BATCH)))
+        return cls(
+            manifest,
+            samples.shape,
+            samples.count,
+            lambda: (images for images, _ in samples.batches(_BATCH)),
+            hashed=True,
+        )
+
+    @property
+    def manifest(self) -> Mapping[str, Any]:  # type: ignore[override]  # its hash is known after a pass
+        """What the images are; where they are hashed and nobody has gone through them yet, this does."""
+        if self._hashed and "sha256" not in self._manifest:
+            deque(self.batches(), maxlen=0)
+        return self._manifest
+
+    def batches(self) -> Iterator[Tensor]:
+        """Yield all images, (n, C, H, W).
+
+        Raises:
+            DataError: other images than before.
+        """
+        seen = hashlib.sha256()
+        for images in self._batches():
+            if self._hashed:
+                seen.update(images.contiguous().numpy().data)
+            yield images
+        if self._hashed and self._manifest.setdefault("sha256", seen.hexdigest()) != seen.hexdigest():
+            raise DataError(f"got other images in {self._manifest.get('path')} than before; the set has changed")
 
     def prepare(self, features: Features, output: str, vectors: int = 0) -> None:
         """See ``Reference``."""

@@ -5,6 +5,7 @@ N images, K whose features are kept, D features.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import zipfile
 import zlib
@@ -22,6 +23,7 @@ from torch import Tensor
 from pathline.core.checks import check_finite
 from pathline.core.errors import DataError, InputError
 from pathline.data.layouts.arrays import read_array
+from pathline.encoders.networks import hash_of_file
 from pathline.metrics.features import Features
 from pathline.metrics.frechet import check_covariance
 from pathline.metrics.moments import Moments, Statistics
@@ -52,7 +54,7 @@ class StatisticsReference(Reference):
         self.path = path
         told = _told(path)
         self.features: Mapping[str, Any] = told["features"]
-        self.manifest = {**told["data"], "kind": "statistics", "file": path.name}
+        self.manifest = {**told["data"], "kind": "statistics", "file": path.name, "tensors_sha256": _sha256(path)}
         shape = told["data"].get("shape")
         if shape is not None and not (isinstance(shape, list) and len(shape) == 3):
             raise DataError(f"got {path} with images of shape {shape}, expected [C, H, W]; write it anew")
@@ -91,7 +93,7 @@ class StatisticsReference(Reference):
 
     def _match(self, features: Features) -> None:
         """Raise DataError unless the statistics are of this feature space and of these weights."""
-        known, asked = (json.loads(json.dumps(dict(told))) for told in (self.features, features.manifest))
+        known, asked = (_flat(json.loads(json.dumps(dict(told)))) for told in (self.features, features.manifest))
         keys = sorted(known.keys() | asked.keys())
         wrong = {key: (known.get(key), asked.get(key)) for key in keys if known.get(key) != asked.get(key)}
         if wrong:
@@ -108,6 +110,21 @@ class StatisticsReference(Reference):
                 return tensor
         except (SafetensorError, OSError) as error:
             raise DataError(f"got {self.path} without {key}, or damaged ({error}); write it anew") from error
+
+
+def _flat(told: Mapping[str, Any], head: str = "") -> dict[str, Any]:
+    """Return a table of tables as one, whose keys are joined by dots."""
+    found: dict[str, Any] = {}
+    for key, value in told.items():
+        found |= _flat(value, f"{head}{key}.") if isinstance(value, dict) else {f"{head}{key}": value}
+    return found
+
+
+def _sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's tensors, without the header, whose words come in any order."""
+    with path.open("rb") as file:
+        file.seek(8 + int.from_bytes(file.read(8), "little"))
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _told(path: Path) -> dict[str, Any]:
@@ -170,6 +187,7 @@ class AdmReference(Reference):
         self.manifest = {
             "kind": "ADM reference",
             "file": path.name,
+            "sha256": hash_of_file(path),
             "statistics": sorted(self.held),
             "images": 0 if self.images is None else self.images.count,
             "shape": None if self.shape is None else list(self.shape),

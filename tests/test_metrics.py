@@ -40,6 +40,51 @@ def test_principal_components_against_scikit_learn(real):
         features.build("pca", training=real.training, axes=65)
 
 
+def test_what_is_fitted_does_not_depend_on_the_number_of_threads(real):
+    before, found = torch.get_num_threads(), {}
+    try:
+        for number in (1, 2):
+            torch.set_num_threads(number)
+            axes = features.build("pca", training=real.training)
+            classifier = features.build("digits-cnn", training=real.training, epochs=3)
+            found[number] = (
+                axes.mean,
+                axes.axes,
+                *(p for m in (classifier.body, classifier.head) for p in m.parameters()),
+            )
+            assert torch.get_num_threads() == number
+            if number == 1:
+                manifests = axes.manifest, classifier.manifest
+            else:
+                assert manifests == (axes.manifest, classifier.manifest)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, two) for one, two in zip(found[1], found[2], strict=True))
+
+
+def test_axes_point_one_way_and_are_told_by_what_they_are_of(real):
+    """Their largest entries are above zero; another half, number of axes, seed or number of epochs is another space."""
+    space = features.build("pca", training=real.training)
+    assert bool((space.axes.gather(1, space.axes.abs().argmax(1, keepdim=True)) > 0).all())
+    told = [
+        features.build("pca", training=real.held_out).manifest,
+        features.build("pca", training=real.training, axes=7).manifest,
+        features.build("digits-cnn", training=real.training, epochs=0).manifest,
+        features.build("digits-cnn", training=real.training, epochs=0, seed=3).manifest,
+        features.build("digits-cnn", training=real.held_out, epochs=0).manifest,
+        space.manifest,
+    ]
+    assert len({json.dumps(manifest, sort_keys=True) for manifest in told}) == 6
+    assert space.manifest == features.build("pca", training="digits").manifest
+    assert space.manifest["training"]["sha256"] == real.training.manifest["sha256"]
+
+
+def test_too_many_images_for_axes_are_refused(monkeypatch):
+    monkeypatch.setattr(features, "_MOST", 898 * 64 - 1)
+    with pytest.raises(InputError, match="got 898 images of 64 values for pca, expected at most 57471 values in all"):
+        features.build("pca", training="digits")
+
+
 def test_the_classifier_reads_digits_and_is_repeatable(judge, real):
     assert judge.accuracy >= 0.96
     truth = real.labels("held_out")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+import warnings
 import zipfile
 
 import numpy as np
@@ -15,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from pathline import DataError, Draws, InputError, data, metrics
 from pathline.metrics import features
 from pathline.metrics.evaluation import Evaluation
-from pathline.metrics.moments import Moments
+from pathline.metrics.frechet import frechet_distance
+from pathline.metrics.moments import Moments, Statistics
 from pathline.metrics.real import Real, Reference
 from pathline.metrics.reference import main
 from pathline.metrics.samples import Samples
@@ -177,7 +180,9 @@ def test_statistics_of_data_by_name(registered, tmp_path, capsys):
     space = features.build("pca", training=digits)
     matches(Reference.of(output).statistics(space, "features"), plain(space, digits.batch(range(898))["data"]))
     other = features.build("pca", training=data.build("digits", split="held-out"))
-    with pytest.raises(DataError, match=r"digits.safetensors with statistics of another .* than pca: sha256"):
+    with pytest.raises(
+        DataError, match=r"digits.safetensors with statistics of another .* than pca: training.count 898, exp"
+    ):
         Reference.of(output).statistics(other, "features")
 
 
@@ -228,6 +233,82 @@ def test_truncated_and_forged_statistics_are_refused(written, space):
         written.write_bytes(content)
         with pytest.raises(DataError, match=r"real.safetensors, which is no safetensors file"):
             Reference.of(written)
+
+
+# --- which of two it is ---------------------------------------------------------------------------------------------
+
+
+def records(reference, space):
+    evaluation = Evaluation([{"name": name, "features": space} for name in ("fid", "precision-recall")], reference)
+    evaluation.update(drawn(31, seed=2))
+    return [{k: v for k, v in record.reference.items() if k not in ("path", "file")} for record in evaluation.compute()]
+
+
+def test_references_are_told_by_what_they_hold(registered, tmp_path, capsys):
+    """Two of one name differ in their records, and one under two names does not, whatever kind of file it is."""
+    held = {}
+    for folder, seed in (("a", 1), ("b", 2), ("c", 1)):
+        (tmp_path / folder).mkdir()
+        images = write_images(tmp_path / folder / "ref.npz", drawn(seed=seed))
+        assert main([str(images), str(tmp_path / folder / "ref.safetensors")]) == 0
+        np.savez(tmp_path / folder / "adm.npz", mu=np.full(3, seed), sigma=np.eye(3))
+        for name in ("ref.npz", "ref.safetensors"):
+            held[folder, name] = records(Reference.of(tmp_path / folder / name), Projected())
+        held[folder, "adm.npz"] = [Reference.of(tmp_path / folder / "adm.npz").manifest]
+    for name in ("ref.npz", "ref.safetensors", "adm.npz"):
+        for one, other, same in zip(held["a", name], held["b", name], held["c", name], strict=True):
+            assert one != other and one == same
+    levels = drawn(seed=1).numpy().tobytes()
+    assert held["a", "ref.npz"][0]["sha256"] == hashlib.sha256(levels).hexdigest()
+    assert held["a", "ref.safetensors"][0]["sha256"] == hashlib.sha256(levels).hexdigest()
+    whole = (tmp_path / "a" / "adm.npz").read_bytes()
+    assert held["a", "adm.npz"][0]["sha256"] == hashlib.sha256(whole).hexdigest()
+
+
+def test_the_hash_of_images_that_nobody_has_looked_at_yet(space, tmp_path):
+    reference = Reference.of(write_images(tmp_path / "real.npz", drawn()))
+    assert reference.manifest["sha256"] == hashlib.sha256(drawn().numpy().tobytes()).hexdigest()
+    write_images(tmp_path / "real.npz", drawn(seed=2))
+    with pytest.raises(DataError, match=r"got other images in real.npz than before"):
+        reference.statistics(space, "features")
+
+
+# --- spaces that are fitted on a reference --------------------------------------------------------------------------
+
+
+def test_pixels_and_axes_beside_images(tmp_path, capsys):
+    """By a plain decomposition of the reference's images; and from the file of statistics the same."""
+    images, samples = drawn(90), drawn(150, seed=2)
+    place = str(write_images(tmp_path / "real.npz", images))
+    x, y = (features.as_floats(z).flatten(1).double().numpy() for z in (images, samples))
+    axes = np.linalg.svd(x - x.mean(0), full_matrices=False)[2][:20]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name, turn in (("pixels", np.eye(105)), ("pca", axes.T)):
+            moments = [((z @ turn).mean(0), np.cov((z @ turn).T)) for z in (x, y)]
+            exact = [Statistics(*map(torch.from_numpy, pair), None) for pair in moments]
+            evaluation = Evaluation([f"frechet:{name}"], Reference.of(place))
+            evaluation.update(samples)
+            (direct,) = evaluation.compute()
+            assert direct.values["distance"] == pytest.approx(frechet_distance(*exact), rel=1e-6)
+            output = tmp_path / f"{name}.safetensors"
+            assert main([place, str(output), "--features", name]) == 0
+            own = {} if name == "pixels" else {"pca": {"training": place}}
+            evaluation = Evaluation([f"frechet:{name}"], Reference.of(output), features=own)
+            evaluation.update(samples)
+            assert evaluation.compute()[0].values == pytest.approx(direct.values)
+            assert evaluation.compute()[0].features == direct.features
+
+
+def test_axes_beside_statistics_say_what_to_do(written):
+    with pytest.raises(InputError, match=r"nothing to fit the feature space pca on.*--option pca.training="):
+        Evaluation(["frechet:pca"], Reference.of(written))
+    with pytest.raises(InputError, match="got images without labels for digits-cnn.*set digits-cnn.training"):
+        Evaluation(["frechet:digits-cnn"], Reference.of(written.with_suffix(".npz")))
+    with pytest.raises(InputError, match="got no shape for pixels.*set pixels.shape"):
+        features.build("pixels")
+    with pytest.raises(InputError, match="expected images: a data set by name"):
+        features.build("pca", training=str(written))
 
 
 # --- ADM's ----------------------------------------------------------------------------------------------------------
