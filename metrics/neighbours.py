@@ -5,7 +5,7 @@ N samples, M real samples, D features.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -77,26 +77,44 @@ class Collecting(Metric):
         return self._labels.all()
 
 
+class _Points:
+    """Points (M, D) that distances of many others are asked to, made ready for it once."""
+
+    def __init__(self, points: Tensor) -> None:
+        self._points = points.double()
+        self._centre: Tensor | None = None
+        if points.shape[1] > _NARROW:
+            self._centre = self._points.mean(0)  # an offset that all share would cost digits
+            self._points = self._points - self._centre
+            self._squares = self._points.square().sum(1)
+
+    def __len__(self) -> int:
+        return len(self._points)
+
+    def distances(self, others: Tensor) -> Iterator[Tensor]:
+        """Yield Euclidean distances (n, M) in float64 of (N, D) others, for so many at once as memory allows."""
+        for rows in torch.split(others, max(1, _CELLS // len(self))):
+            yield self._of(rows.double())
+
+    def _of(self, x: Tensor) -> Tensor:
+        """Return distances, those of wide points as the root of |x|² + |y|² − 2·x·y."""
+        if self._centre is None:
+            return torch.cdist(x, self._points, compute_mode="donot_use_mm_for_euclid_dist")
+        x = x - self._centre
+        squares = torch.addmm(self._squares, x, self._points.T, alpha=-2).add_(x.square().sum(1, keepdim=True))
+        return squares.clamp_(min=0).sqrt_()
+
+
 def nearest(points: Tensor, others: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
     """Return distance to and index of the k-th nearest of (M, D) others for each of (N, D) points, (N,) each."""
+    return _nearest(points, _Points(others), k)
+
+
+def _nearest(points: Tensor, others: _Points, k: int) -> tuple[Tensor, Tensor]:
     if k > len(others):
         raise InputError(f"got {len(others)} points, expected at least {k} to find the neighbour number {k}")
-    parts = [_distances(rows, others).kthvalue(k, dim=1) for rows in _blocks(points, others)]
+    parts = [distances.kthvalue(k, dim=1) for distances in others.distances(points)]
     return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
-
-
-def _blocks(points: Tensor, others: Tensor) -> tuple[Tensor, ...]:
-    """Cut points so that no more than a block of their distances to others is in memory."""
-    return torch.split(points, max(1, _CELLS // len(others)))
-
-
-def _distances(points: Tensor, others: Tensor) -> Tensor:
-    """Return Euclidean distances (N, M) in float64, those of wide features as |x|² + |y|² − 2·x·y."""
-    x, y = points.double(), others.double()
-    if x.shape[1] <= _NARROW:
-        return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
-    centre = y.mean(0)  # an offset that all share would cost digits
-    return torch.cdist(x - centre, y - centre, compute_mode="use_mm_for_euclid_dist")
 
 
 def precision_recall(generated: Tensor, real: Tensor, k: int = 3) -> tuple[float, float]:
@@ -109,8 +127,9 @@ def precision_recall(generated: Tensor, real: Tensor, k: int = 3) -> tuple[float
 
 
 def _covered(points: Tensor, centres: Tensor, k: int) -> float:
-    radii, _ = nearest(centres, centres, k + 1)  # the nearest is the point itself
-    inside = [(_distances(rows, centres) <= radii).any(1) for rows in _blocks(points, centres)]
+    ready = _Points(centres)
+    radii, _ = _nearest(centres, ready, k + 1)  # the nearest is the point itself
+    inside = [(distances <= radii).any(1) for distances in ready.distances(points)]
     return float(torch.cat(inside).double().mean())
 
 
@@ -190,7 +209,8 @@ class PrecisionRecall(Collecting):
         real: what to compare with.
         features: the feature space.
         k: which neighbour gives the radius.
-        references: number of reference images, the first of them; fewer where there are no more.
+        references: number of reference images: the first of the held-out half beside a ``Real``, of other images the
+            first of a permutation, and of a file those that it holds; fewer where there are no more.
     """
 
     def __init__(self, real: Reference, features: Features, k: int = 3, references: int = 10_000) -> None:

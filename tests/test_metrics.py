@@ -147,10 +147,25 @@ def test_blocks_of_distances_change_nothing(width, monkeypatch):
     generated, real = torch.randn(43, width), torch.randn(61, width)
     whole, seen = precision_recall(generated, real), []
     monkeypatch.setattr("pathline.metrics.neighbours._CELLS", 200)
-    plain = torch.cdist
+    plain, product = torch.cdist, torch.addmm
     monkeypatch.setattr(torch, "cdist", lambda x, y, **how: seen.append(len(x) * len(y)) or plain(x, y, **how))
+    monkeypatch.setattr(torch, "addmm", lambda *a, **how: seen.append(len(a[1]) * len(a[0])) or product(*a, **how))
     assert precision_recall(generated, real) == whole and 0 < max(seen) <= 200
     assert precision_recall(generated.double() + 1e5, real.double() + 1e5) == whole
+
+
+def test_centres_are_made_ready_once(monkeypatch):
+    """However many blocks of points are held against them; distances are those of scipy, far from the origin too."""
+    distance = pytest.importorskip("scipy.spatial.distance")
+    points, centres = torch.randn(43, 90) + 1e3, torch.randn(61, 90) + 1e3
+    apart = distance.cdist(points.double().numpy(), centres.double().numpy())
+    monkeypatch.setattr("pathline.metrics.neighbours._CELLS", 5 * 61)
+    seen, plain = [], torch.Tensor.double
+    monkeypatch.setattr(torch.Tensor, "double", lambda x: seen.append(len(x)) or plain(x))
+    found, index = nearest(points, centres, 4)
+    assert sorted(seen) == [3, *[5] * 8, 61]
+    assert np.allclose(found.numpy(), np.sort(apart, 1)[:, 3], rtol=1e-9)
+    assert np.array_equal(index.numpy(), np.argsort(apart, 1)[:, 3])
 
 
 def test_a_collapsed_model_has_high_precision_and_low_recall():
