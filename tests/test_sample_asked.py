@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from pathline.training.export import export
 from pathline.training.parts import build
 from pathline.training.record import Order
 
+ROOT = Path(__file__).parent.parent
 CONFIGURATION = """
 data: digits
 backbone: {name: sit, input_size: 8, patch_size: 4, in_channels: 1, hidden_size: 12, depth: 2, num_heads: 3,
@@ -159,3 +162,16 @@ def test_the_accelerator_is_taken(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert main([*asked, "train.accelerator=cuda"]) == 2
     assert "train.accelerator cuda, of which Fabric says" in capsys.readouterr().err
+
+
+def test_the_benchmark_of_batches_counts_what_differs():
+    """Two of five images, three of their 60 values, by four levels at most, whichever image is the larger one."""
+    spec = importlib.util.spec_from_file_location("batches", ROOT / "benchmarks" / "batches.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    one = np.full((5, 2, 3, 2), 7, np.uint8)
+    other = one.copy()
+    other[1, 0, 0, 0], other[4, 1, 2, 1], other[4, 0, 1, 0] = 8, 3, 6
+    for a, b in ((one, other), (other, one)):
+        assert module.row("7, 2", a, b) == "| 7, 2 | 2 (40.000%) | 3 (5.000%) | 4 |"
+    assert module.row("7, 2", one, one) == "| 7, 2 | 0 (0.000%) | 0 (0.000%) | 0 |"

@@ -94,7 +94,7 @@ def test_batches_and_shards_change_rounding_alone(solver, run, tmp_path):
         found.append(arrays(out)["arr_0"].astype(int))
     for other in found[1:]:
         difference = np.abs(other - found[0])
-        assert difference.max() <= 1 and (difference > 0).any(axis=(1, 2, 3)).mean() < 0.2
+        assert difference.max() <= 1 and (difference > 0).any(axis=(1, 2, 3)).sum() <= 2
 
 
 def test_two_processes_draw_the_same_file(processes, run, whole, tmp_path, monkeypatch):
