@@ -170,6 +170,17 @@ class Agreement:
             raise outcome[1]
         return outcome[0]  # type: ignore[no-any-return]  # as broadcast
 
+    def collect(self, content: bytes) -> list[bytes]:
+        """Return the bytes of all processes, in their order, in the first one; nothing in the others."""
+        if self.group is None:
+            return [content]
+        sizes = self.gather(torch.tensor([len(content)])).tolist()
+        padded = torch.zeros(max(sizes), dtype=torch.uint8)
+        padded[: len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else 0
+        parts = [torch.empty_like(padded) for _ in sizes] if self._first else None
+        self._guarded(lambda: dist.gather(padded, parts, dst=0, group=self.group))
+        return [part[:size].numpy().tobytes() for part, size in zip(parts or (), sizes, strict=False)]
+
     def wait(self) -> None:
         """Wait for all processes."""
         self.largest(0)

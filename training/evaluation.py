@@ -14,20 +14,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import load, save
 from torch import nn
 
 from pathline import __version__
-from pathline.core.errors import ConfigurationError, InputError, PathlineError
+from pathline.core.errors import InputError, PathlineError
 from pathline.core.sections import Sample
-from pathline.metrics import Real, Record, Reference, features
+from pathline.metrics import Real, Record
 from pathline.metrics.evaluation import Evaluation
 from pathline.training import sampling
+from pathline.training.checkpoints import path_of
 from pathline.training.log import Log, Rows, encoded, read_rows, tell, warn
 from pathline.training.parts import Parts
-from pathline.training.pictures import ROUNDING
+from pathline.training.record import Order, digest
+from pathline.training.shards import About
 from pathline.training.state import State
+from pathline.training.template import template
+from pathline.training.trained import identity
 
 __all__ = ["Evaluations", "draw_picture", "is_picture_due"]
 
@@ -65,6 +68,23 @@ class _Pending(NamedTuple):
     records: Future[list[Record]]
 
 
+class _Drawn(NamedTuple):
+    """What is known of samples: network calls of a batch, the most of all, and the shape of an image."""
+
+    nfe: int
+    shape: tuple[int, ...]
+
+
+class _Order(Order):
+    """What is drawn with an average that may not be stored."""
+
+    def _checkpoint(self) -> dict[str, Any]:
+        settings, average = self.configuration.ema, str(self.configuration.sample.average)
+        laws = [{"decay": settings.decay, "warmup": settings.warmup}] * (settings.decay is not None)
+        laws += [{"length": length} for length in settings.lengths]
+        return {"name": self.weights.name, "average": average, **dict(zip(settings.names, laws, strict=True))[average]}
+
+
 class Evaluations:
     """Samples that are drawn on a schedule with averages of the weights, and measured.
 
@@ -84,10 +104,11 @@ class Evaluations:
         s = self._settings
         self._wanted = Sample(count=s.count, labels=s.labels, seed=s.seed, batch=s.batch)
         self._averages = list(s.averages) or state.parts.configuration.ema.names[:1]
-        self._template = None if s.every is None else _template(state)
+        self._template = None if s.every is None else template(state)
         self._seen = False  # whether the reference is, which takes a pass over what is no statistics
         self._rows: Rows | None = None
         self._log: Log | None = None
+        self._folder = Path()
         self._pending: list[_Pending] = []
         self._thread: ThreadPoolExecutor | None = None
 
@@ -95,7 +116,7 @@ class Evaluations:
         """Open ``evaluations.jsonl`` of a run's folder, lines of later steps set aside; in the first process alone."""
         if self._template is None and not (folder / FILE).exists():
             return
-        self._rows, self._log = Rows(folder / FILE, self._state.step), log
+        self._rows, self._log, self._folder = Rows(folder / FILE, self._state.step), log, folder
         number = torch.get_num_threads()  # of the thread that asks: a new one has another
         self._thread = ThreadPoolExecutor(1, "evaluation", torch.set_num_threads, (number,))
 
@@ -142,28 +163,25 @@ class Evaluations:
         state, began, failed = self._state, time.perf_counter(), False
         self._wait()  # what waits holds features
         try:
-            evaluation, nfe = self._drawn(state.averages.network(average))
+            evaluation, told = self._drawn(state.averages.network(average))
             content = _packed(evaluation)
+            drawn = self._told(average, told) if self._thread is not None else {}
         except UNDRAWN as error:
             warn(f"no evaluation at step {state.step} of {average}: {error}")
             failed = True
         if state.agreement.largest(int(failed)):
             return
-        others = self._gathered(content)
+        others = state.agreement.collect(content)[1:]
         if self._thread is not None:
-            c = state.parts.configuration
-            drawn = {"solver": c.solver, "guidance": c.guidance, "nfe": nfe, "seed": self._wanted.seed}
-            law = self._wanted.labels if getattr(state.parts.backbone, "num_classes", 0) else None
-            drawn |= {"label_law": law, "rounding": ROUNDING, "version": __version__}
             records = self._thread.submit(_computed, evaluation, others)
             self._pending.append(_Pending(state.step, average, drawn, began, records))
-            if c.train.tf32 and (not self._seen or isinstance(evaluation.reference, Real)):
+            if state.parts.configuration.train.tf32 and (not self._seen or isinstance(evaluation.reference, Real)):
                 self._wait()  # networks see a reference without TF32, which is a setting of all threads
             self._seen = True
 
-    def _drawn(self, network: nn.Module) -> tuple[Evaluation, int]:
-        """Draw a share of the samples and let metrics see it; return these, and a batch's network calls, the most."""
-        parts, fabric, wanted, most = self._state.parts, self._state.fabric, self._wanted, 0
+    def _drawn(self, network: nn.Module) -> tuple[Evaluation, _Drawn]:
+        """Draw a share of the samples and let metrics see it; return these, and what is known of the samples."""
+        parts, fabric, wanted, drawn = self._state.parts, self._state.fabric, self._wanted, _Drawn(0, ())
         cut_up = parts.configuration.train.strategy == "fsdp"
         share = range(wanted.count) if cut_up else _share(wanted.count, fabric.global_rank, fabric.world_size)
         classes, null = getattr(network, "num_classes", 0), getattr(network, "null_label", None)
@@ -171,7 +189,7 @@ class Evaluations:
         assert self._template is not None  # a schedule has one
         evaluation, unseen = self._template.fresh(), None
         for ids, images, asked, nfe in sampling.batches(parts, network, labels, share, wanted.seed, wanted.batch):
-            most = max(most, nfe)
+            drawn = _Drawn(max(drawn.nfe, nfe), tuple(images.shape[1:]))
             if unseen is None and (not cut_up or fabric.is_global_zero):
                 try:
                     shown = None if wanted.labels == "none" else asked
@@ -180,19 +198,23 @@ class Evaluations:
                     unseen = error
         if unseen is not None:
             raise InputError(f"{type(unseen).__name__}: {unseen}") from unseen
-        return evaluation, most
+        return evaluation, drawn
 
-    def _gathered(self, content: bytes) -> list[bytes]:
-        """Return what the metrics of the other processes hold, in the first one."""
-        agreement = self._state.agreement
-        if agreement.group is None:
-            return []
-        sizes = agreement.gather(torch.tensor([len(content)])).tolist()
-        padded = torch.zeros(max(sizes), dtype=torch.uint8)
-        padded[: len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-        parts = [torch.empty_like(padded) for _ in sizes] if self._state.fabric.is_global_zero else None
-        dist.gather(padded, parts, dst=0, group=agreement.group)
-        return [part[:size].numpy().tobytes() for part, size in zip(parts or (), sizes, strict=False)][1:]
+    def _told(self, average: str, drawn: _Drawn) -> dict[str, Any]:
+        """Return how samples were drawn, as sample.py tells it; fit for JSON."""
+        state, c = self._state, self._state.parts.configuration
+        wanted = self._wanted.model_copy(update={"average": average})
+        order = _Order(
+            c.model_copy(update={"sample": wanted}),
+            state.parts,
+            path_of(self._folder / "checkpoints", state.step),
+            self._folder,
+            __version__,
+        )
+        record = order.record(About(drawn.nfe, None, 0.0), state.fabric.world_size, state.fabric.device)
+        left_out = ("block_evaluations", "seconds", "images_per_second_and_device", "configuration")
+        told = {key: value for key, value in record.items() if key not in left_out}
+        return {**told, "configuration_sha256": digest(c.model_dump(mode="json")), "shape": list(drawn.shape)}
 
     def _write(self, pending: _Pending) -> None:
         """Write a line a metric, and tell them on one."""
@@ -204,46 +226,14 @@ class Evaluations:
             return
         if self._rows is None or self._log is None:
             return
-        head = {"step": step, "average": average}
-        self._rows.write(*(encoded({**head, **record.to_json(), **pending.drawn}) for record in records))
+        head = {"step": step, "average": average, **pending.drawn}
+        with suppress(PathlineError, OSError):  # there is none of this step, or not yet
+            hashed = identity(path_of(self._folder / "checkpoints", step), average)
+            head["checkpoint"] = {**head["checkpoint"], "weights_sha256": hashed["weights_sha256"]}
+        self._rows.write(*(encoded({**head, **record.to_json()}) for record in records))
         self._log.show({"step": step, **_named(average, records)})
         seconds = time.perf_counter() - pending.began
         tell(f"step {step}, {average}: {_words(records)} ({self._wanted.count} samples, {seconds:.0f} s)")
-
-
-def _template(state: State) -> Evaluation:
-    """Build the metrics of a run, which are copied for every evaluation.
-
-    Raises:
-        ConfigurationError: they do not fit the data, or the reference.
-    """
-    c, parts = state.parts.configuration, state.parts
-    s = c.evaluation
-    if not parts.can_draw:
-        raise ConfigurationError(
-            "evaluation.every: got data that are no images, without an autoencoder to decode samples; set autoencoder, "
-            "or leave it out"
-        )
-    try:
-        for name in s.features:
-            features.registry.entry(name)
-        reference = _reference(parts)
-        evaluation = Evaluation(s.metrics, reference, state.fabric.device, features=s.features)
-        if reference is not None and parts.autoencoder is None:
-            reference.check({"data": torch.zeros(1, *parts.dataset.shape)})
-    except (PathlineError, OSError) as error:
-        raise ConfigurationError(f"evaluation: {error}") from error
-    return evaluation
-
-
-def _reference(parts: Parts) -> Reference | None:
-    """Return what samples are compared with; None where the data are latents and nothing is named."""
-    c = parts.configuration
-    if c.evaluation.reference is not None:
-        return Reference.of(c.evaluation.reference)
-    if not parts.dataset.data_are_images:
-        return None
-    return Reference.of({key: value for key, value in c.data.items() if key != "split"})
 
 
 def _packed(evaluation: Evaluation) -> bytes:

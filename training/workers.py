@@ -1,4 +1,4 @@
-"""The processes that draw samples, one a device: what each does alone, and where they meet."""
+"""The processes that draw or measure samples, one a device: what each does alone, and where they meet."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_fabric.strategies.ddp import DDPStrategy
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 
 from pathline.core.config import Configuration
-from pathline.core.errors import ConfigurationError, PathlineError, ProcessError
+from pathline.core.errors import ConfigurationError, DataError, PathlineError, ProcessError
 from pathline.training.devices import Agreement, launch
 
 __all__ = ["Told", "Workers", "settle"]
@@ -28,11 +28,12 @@ class Told(PathlineError):
 
 
 class Workers:
-    """Processes that draw the same samples, each some of them.
+    """Processes that draw or measure the same samples, each some of them.
 
     Args:
         devices: processes to start, on as many devices; under ``torchrun`` those that it started, and no other number.
         accelerator: of the devices, as ``train.accelerator``.
+        entry: what the number of devices is called, for what is wrong with it.
 
     Attributes:
         device: of this process.
@@ -43,13 +44,13 @@ class Workers:
         ProcessError: the others did not come.
     """
 
-    def __init__(self, devices: int, accelerator: str = "auto") -> None:
+    def __init__(self, devices: int, accelerator: str = "auto", entry: str = "sample.devices") -> None:
         world, local = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
         if not torch.distributed.is_torchelastic_launched():
             world = local = devices
         elif devices not in (1, world):
-            raise ConfigurationError(f"sample.devices: got {devices}, and torchrun started {world}; leave it out")
-        fabric = _fabric(accelerator, local, world // local)
+            raise ConfigurationError(f"{entry}: got {devices}, and torchrun started {world}; leave it out")
+        fabric = _fabric(accelerator, local, world // local, entry)
         launch(fabric)
         self.device, self.rank, self.count = fabric.device, fabric.global_rank, fabric.world_size
         self._agreement = Agreement(fabric, PATIENCE)
@@ -74,6 +75,26 @@ class Workers:
             if self.rank and not isinstance(error, ProcessError):
                 raise Told(str(error)) from error
             raise
+
+    def every(self, make: Callable[[], T]) -> T:
+        """Call a function in every process and return what it returns there; raise what it raises in any.
+
+        Raises:
+            Told: in all processes but the first, which raises in their place.
+        """
+        failure: PathlineError | OSError | None = None
+        try:
+            made = make()
+        except (PathlineError, OSError) as error:
+            failure = error
+        if self.largest(int(failure is not None)):
+            told = [words.decode() for words in self.collect(str(failure or "").encode()) if words]
+            raise (failure or DataError(told[0])) if self.rank == 0 else Told(str(failure))
+        return made
+
+    def collect(self, content: bytes) -> list[bytes]:
+        """Return the bytes of all processes, in their order, in the first one; nothing in the others."""
+        return self._meet(lambda: self._agreement.collect(content))
 
     def largest(self, value: int) -> int:
         """Return the largest of all processes' values."""
@@ -104,16 +125,16 @@ def settle(configuration: Configuration) -> None:
     torch.backends.cudnn.allow_tf32 = configuration.train.tf32
 
 
-def _fabric(accelerator: str, devices: int, nodes: int) -> Fabric:
+def _fabric(accelerator: str, devices: int, nodes: int, entry: str) -> Fabric:
     """Return Fabric, not launched; processes meet on the host alone."""
     cuda = torch.cuda.device_count() if accelerator in ("auto", "cuda") else 0
     if 0 < cuda < devices:
-        raise ConfigurationError(f"sample.devices: got {devices}, of {cuda} CUDA devices; set it lower")
+        raise ConfigurationError(f"{entry}: got {devices}, of {cuda} CUDA devices; set it lower")
     alone = devices * nodes == 1
     strategy = DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=PATIENCE))
     try:
         return Fabric(accelerator=accelerator, devices=devices, num_nodes=nodes, strategy="auto" if alone else strategy)
     except (RuntimeError, ValueError, MisconfigurationException) as error:
         raise ConfigurationError(
-            f"got sample.devices {devices} and train.accelerator {accelerator}, of which Fabric says: {error}"
+            f"got {entry} {devices} and train.accelerator {accelerator}, of which Fabric says: {error}"
         ) from error
