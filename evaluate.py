@@ -18,33 +18,46 @@ import torch
 from lightning_fabric import Fabric
 
 import pathline
-from pathline import data, metrics
-from pathline.core.errors import ConfigurationError, DataError, PathlineError, UnknownNameError, suggest
-from pathline.core.flow import Flow
-from pathline.metrics import Real, Record, Reference, models, results
+from pathline import metrics
+from pathline.core.errors import (
+    ConfigurationError,
+    DataError,
+    InputError,
+    PathlineError,
+    ProcessError,
+    UnknownNameError,
+    suggest,
+)
+from pathline.metrics import Real, Record, Reference, comparison, models, results
 from pathline.metrics.evaluation import Evaluation, component
 from pathline.metrics.options import options_of, with_options
 from pathline.metrics.report import Judge, measure_model, measure_samples, summary, table
-from pathline.metrics.results import Result
 from pathline.metrics.samples import Samples
 from pathline.training import sampling
-from pathline.training.released import ReleasedConfiguration
-from pathline.training.trained import average_of, identity
+from pathline.training.manifest import STATE, SUFFIX
+from pathline.training.measuring import Unseen, measure_in_all
+from pathline.training.workers import Told, Workers
 
+BATCH, SEED = 64, 0
 ADM = ("fid", "sfid", "inception-score", "precision-recall")  # what a table of ImageNet holds
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; return its exit code: 0, or 2 for a wrong input."""
+    """Run the command; return its exit code: 0, 2 for a wrong input, 70 for a lost process, 130 if interrupted."""
     words = sys.argv[1:] if arguments is None else list(arguments)
     try:
         if words[:1] == ["compare"]:
             _compare(_compare_parser().parse_args(words[1:]))
         else:
             _measure(_parser().parse_intermixed_args(words))
+    except KeyboardInterrupt:
+        print("stopped: what was not finished is not written", file=sys.stderr)
+        return 130
+    except Told:  # the first process says what
+        return 2
     except (PathlineError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 70 if isinstance(error, ProcessError) else 2
     return 0
 
 
@@ -76,40 +89,70 @@ def _parser() -> argparse.ArgumentParser:
         help="of a metric or a feature space, as kid.subsets=50 or inception.weights=FILE; may be repeated",
     )
     parser.add_argument("--count", type=int, help="number of samples, the first; else all, of models 128")
-    parser.add_argument("--batch", type=int, default=64, help="samples at once")
+    parser.add_argument("--batch", type=int, help="samples at once; else 64")
     parser.add_argument("--device", help="as cuda:1; else the first GPU, or the processor")
+    parser.add_argument("--devices", type=int, help="processes on as many devices, each of which sees a share")
+    parser.add_argument("--output", type=Path, help="file of the results; else *.metrics.json beside the samples")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch")
     return parser
 
 
 def _compare_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="evaluate.py compare", description="Put results in one table.")
-    parser.add_argument("results", nargs="+", type=Path, help="files that evaluate.py wrote, *.metrics.json")
+    parser.add_argument(
+        "results",
+        nargs="+",
+        help="files that evaluate.py wrote, *.metrics.json; or RUN/evaluations.jsonl:STEP:AVERAGE of a training run",
+    )
     parser.add_argument("--markdown", action="store_true", help="a table of Markdown")
     return parser
 
 
 def _compare(given: argparse.Namespace) -> None:
     """Print a table, and on stderr what sets the results apart."""
-    read = [Result.read(path) for path in given.results]
-    print(results.markdown(read) if given.markdown else results.table(read), flush=True)
-    for line in results.differences(read):
+    read = [result for place in given.results for result in results.read(place)]
+    print(comparison.markdown(read) if given.markdown else comparison.table(read), flush=True)
+    for line in comparison.differences(read):
         _warn(line)
 
 
 def _measure(given: argparse.Namespace) -> None:
     """Measure what is named, print tables, and write ``….metrics.json`` beside it."""
     cpu = time.process_time()
+    names = None if given.metrics is None else [name for name in given.metrics.split(",") if name]
+    of_models = bool(names) and _are_of_models(names or ())
+    _check_words(given, of_models)
     torch.set_num_threads(given.threads)
     warnings.filterwarnings("ignore", module="pathline.metrics.frechet")  # records have it, and are told with the file
-    names = None if given.metrics is None else [name for name in given.metrics.split(",") if name]
-    if given.batch < 1 or (given.count is not None and given.count < 1):
-        raise ConfigurationError(f"got count {given.count} and batch {given.batch}, expected 1 or more")
-    if names and _are_of_models(names):
-        _measure_models(given, names)
-    else:
-        _measure_samples(given, names)
+    if of_models:
+        _measure_models(given, names or ())
+    elif not _measure_samples(given, names):
+        return
     print(f"\nmeasured in {time.process_time() - cpu:.1f} CPU s")
+
+
+def _check_words(given: argparse.Namespace, of_models: bool) -> None:
+    """Refuse numbers out of range, and options that would change nothing."""
+    for name in ("count", "batch", "devices", "threads"):
+        number = getattr(given, name)
+        if number is not None and number < 1:
+            raise ConfigurationError(f"got {name} {number}, expected 1 or more")
+    idle = {"reference": "samples", "devices": "samples"} if of_models else {}
+    if given.metrics is None and given.reference in (None, "digits"):
+        idle = dict.fromkeys(("option", "device", "devices", "batch"), "metrics that --metrics names")
+    for name, whose in idle.items():
+        if getattr(given, name) not in (None, []):
+            raise ConfigurationError(f"got --{name}, which is of {whose}; leave it out")
+    if (given.devices or 1) > 1 and given.device not in (None, "cpu", "cuda"):
+        raise ConfigurationError(f"got --device {given.device} for {given.devices} devices; give cpu, cuda or none")
+    if given.output is None:
+        return
+    if not given.output.name.endswith(results.ENDING) or not given.output.absolute().parent.is_dir():
+        raise ConfigurationError(
+            f"got --output {given.output}, expected a name that ends in {results.ENDING} in a folder that is there"
+        )
+    if len(given.samples) > 1 and not of_models:
+        raise ConfigurationError(f"got --output for {len(given.samples)} files; call one after the other")
 
 
 def _are_of_models(names: Sequence[str]) -> bool:
@@ -133,44 +176,81 @@ def _are_of_models(names: Sequence[str]) -> bool:
 # --- samples ---------------------------------------------------------------------------------------------------------
 
 
-def _measure_samples(given: argparse.Namespace, names: Sequence[str] | None) -> None:
-    read = [Samples.of(Path(name)) for name in given.samples]
+def _measure_samples(given: argparse.Namespace, names: Sequence[str] | None) -> bool:
+    """Measure samples; return whether this is the first process, which tells of them."""
+    read = [_opened(Path(name), given.count) for name in given.samples]
     named = given.reference or ("digits" if names is None else None)
     reference = None if named is None else Reference.of(named)
     for samples in read:
         _check(reference, samples)
     if names is None and isinstance(reference, Real):
-        _judge(reference, read, given.count)
-        return
+        _judge(reference, read, given)
+        return True
     asked = names or ADM
-    options = options_of(given.option, asked)
-    evaluation = Evaluation(with_options(asked, options), reference, _device(given), features=options)
+    options, batch = options_of(given.option, asked), given.batch or BATCH
+    built, workers = with_options(asked, options), _workers(given, read)
+    device = _device(given) if workers is None else workers.device
+
+    def make() -> Evaluation:
+        return Evaluation(built, reference, device, features=options)
+
+    evaluation = make() if workers is None else workers.every(make)
     for samples in read:
-        records = measure_samples(evaluation.fresh(), samples, given.count or samples.count, given.batch)
-        _report(samples, records)
+        count, fresh = given.count or samples.count, evaluation.fresh()
+        if workers is None:
+            _report(samples, measure_samples(fresh, samples, count, batch), given.output)
+        elif found := measure_in_all(fresh, samples, count, batch, workers):
+            _report(samples, found, given.output)
+    return workers is None or workers.rank == 0
 
 
-def _judge(real: Real, read: Sequence[Samples], count: int | None) -> None:
+def _workers(given: argparse.Namespace, read: Sequence[Samples]) -> Workers | None:
+    """Return the processes that share the samples; None for this one alone."""
+    if given.devices in (None, 1):
+        return None
+    fewest = min(given.count or samples.count for samples in read)
+    if fewest < given.devices:
+        raise ConfigurationError(f"got --devices {given.devices} for {fewest} samples; set it lower")
+    return Workers(given.devices, given.device or "auto", "--devices")
+
+
+def _opened(path: Path, count: int | None) -> Samples:
+    """Open samples; raises ConfigurationError for a model, and for more samples than there are."""
+    if path.suffix == SUFFIX or (path / "checkpoints").is_dir() or (path / STATE).is_file():
+        raise ConfigurationError(f"got {path}, a model; give --metrics loss-by-time, or another one of models")
+    samples = Samples.of(path)
+    if count is not None and count > samples.count:
+        raise ConfigurationError(f"got count {count}, expected 1 to {samples.count} of {path}")
+    return samples
+
+
+def _judge(real: Real, read: Sequence[Samples], given: argparse.Namespace) -> None:
     """Measure by all that a small labelled set allows, on as many samples as it has training images."""
+    most = len(real.training)
+    if given.count is not None and given.count > most:
+        raise ConfigurationError(f"got count {given.count}, expected at most {most}, as there are training images")
     judge = Judge.of(real)
     print(f"classifier digits-cnn: {judge.accuracy:.3f} of the held-out images right")
     for samples in read:
-        first = min(count or samples.count, samples.count, len(real.training))
+        first = min(given.count or samples.count, most)
         pieces = list(samples.batches(first, first))
         labels = torch.cat([y for _, y in pieces if y is not None]) if samples.labelled else None
-        records = judge.report(torch.cat([x for x, _ in pieces]).float() / 127.5 - 1, labels)
-        _report(samples, records, classifier_accuracy=judge.accuracy)
+        try:
+            records = judge.report(torch.cat([x for x, _ in pieces]).float() / 127.5 - 1, labels)
+        except InputError as error:
+            raise DataError(f"{error}; in {samples.path}") from error
+        _report(samples, records, given.output, classifier_accuracy=judge.accuracy)
 
 
-def _report(samples: Samples, records: Sequence[Record], **more: Any) -> None:
+def _report(samples: Samples, records: Sequence[Record], output: Path | None, **more: Any) -> None:
     """Print and write the results of a file."""
     first = f"the first {records[0].count} of {samples.count} samples"
     print(f"\n{samples.path}: {first}{_how(samples)}\n{table(records)}", flush=True)
     for record in records:
         for words in record.warnings:
             _warn(f"{samples.path}: {record.metric}: {words}")
-    results.write(
-        results.output_of(samples.path),
+    results.add(
+        output or results.output_of(samples.path),
         [record.to_json() for record in records],
         samples.record,
         pathline.__version__,
@@ -214,37 +294,28 @@ def _device(given: argparse.Namespace) -> torch.device:
 def _measure_models(given: argparse.Namespace, names: Sequence[str]) -> None:
     """Measure one model on data that it has not seen, where its data set has such; else on what it was trained on."""
     path = sampling.find(Path(given.samples[0]), _warn)
-    words = given.samples[1:]
-    configuration, parts = sampling.load(path, words)
-    entry, chosen = configuration.data, any(word.startswith("data.split=") for word in words)
-    if "split" in data.registry.entry(entry["name"]).options() and not chosen:
-        entry = {**entry, "split": "held-out"}
-    dataset, backbone = data.build(entry), parts.backbone.to(_device(given))
-    flow = Flow(backbone, parts.interpolant, parts.objective.predicts)  # type: ignore[arg-type]  # checked there
+    unseen = Unseen.of(path, given.samples[1:], _device(given))
+    flow, dataset = unseen.flow, unseen.dataset
     options = options_of(given.option, names)
     built = [models.build(name, **options.get(name, {})) for name in names]
     for metric in built:
         metric.check(flow)
     found = []
     for metric in built:
-        found.append(measure_model(metric, flow, dataset, given.count or min(128, len(dataset)), batch=given.batch))
+        count = given.count or min(128, len(dataset))
+        found.append(measure_model(metric, flow, dataset, count, seed=SEED, batch=given.batch or BATCH))
         print(f"{models.table(found[-1])}\n", flush=True)
-    known = {"checkpoint": _identity(path, configuration), "data": entry, "seed": 0}
-    output = path.parent.parent / f"{path.name}{results.ENDING}" if path.is_dir() else results.output_of(path)
-    results.write(
+    seen = {**dataset.manifest, "draws": f"seed {SEED}"}
+    beside = path.parent.parent / f"{path.name}{results.ENDING}" if path.is_dir() else results.output_of(path)
+    output = given.output or beside
+    results.add(
         output,
-        [summary(record).to_json() for record in found],
-        {**known, "configuration": configuration.model_dump(mode="json")},
+        [summary(record, seen).to_json() for record in found],
+        {**unseen.known, "seed": SEED},
         pathline.__version__,
         by_time=[record.to_json() for record in found],
     )
-    print(f"measured on the data {entry}; wrote {output}")
-
-
-def _identity(path: Path, configuration: Any) -> Any:
-    if isinstance(configuration, ReleasedConfiguration):
-        return configuration.weights.model_dump(mode="json")
-    return identity(path, average_of(configuration))
+    print(f"measured on the data {unseen.known['data']}; wrote {output}")
 
 
 def _warn(line: str) -> None:

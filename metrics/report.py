@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +23,7 @@ from pathline.metrics.features import DigitsCNN
 from pathline.metrics.models import ModelMetric, ModelRecord
 from pathline.metrics.samples import Samples
 
-__all__ = ["Judge", "measure_model", "measure_samples", "summary", "table"]
+__all__ = ["Judge", "compute", "measure_model", "measure_samples", "summary", "table", "take_in"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ class Judge:
             metrics.build("memorisation", real=self.real),
         ]
         for metric in asked:
+            metric.expects(count, labelled=labels is not None)
+        for metric in asked:
             metric.update(batch)
         return [metric.compute() for metric in asked]
 
@@ -74,14 +78,37 @@ def measure_samples(evaluation: Evaluation, samples: Samples, count: int, batch:
     Raises:
         DataError: samples that do not fit the reference or a metric; the file is named.
     """
-    done = 0
-    try:
-        with tqdm(total=count, desc=samples.path.name, unit="sample", disable=None, leave=False) as shown:
-            for images, labels in samples.batches(batch, count):
-                evaluation.update(images, labels, torch.arange(done, done + len(images)))
-                done += len(images)
-                shown.update(len(images))
+    take_in(evaluation, samples, range(count), batch, count)
+    return compute(evaluation, samples)
+
+
+def take_in(evaluation: Evaluation, samples: Samples, ids: range, batch: int, count: int) -> None:
+    """Let metrics see samples of a file by number, of ``count`` that all processes see; as ``measure_samples`` does."""
+    done = ids.start
+    with (
+        _named(samples),
+        tqdm(
+            total=len(ids), desc=samples.path.name, unit="sample", disable=True if ids.start else None, leave=False
+        ) as shown,
+    ):
+        evaluation.expects(count, labelled=samples.labelled)
+        for images, labels in samples.batches(batch, len(ids), ids.start) if ids else ():
+            evaluation.update(images, labels, torch.arange(done, done + len(images)))
+            done += len(images)
+            shown.update(len(images))
+
+
+def compute(evaluation: Evaluation, samples: Samples) -> list[Record]:
+    """Return the records of what metrics have seen of a file."""
+    with _named(samples):
         return evaluation.compute()
+
+
+@contextmanager
+def _named(samples: Samples) -> Iterator[None]:
+    """Name the file in what is wrong with samples."""
+    try:
+        yield
     except InputError as error:
         raise DataError(f"{error}; in {samples.path}") from error
 
@@ -112,8 +139,13 @@ def measure_model(
     return metric.compute()
 
 
-def summary(record: ModelRecord) -> Record:
-    """Return a record of a model as one of a value a row, the mean over the times with its standard error."""
+def summary(record: ModelRecord, data: Mapping[str, Any]) -> Record:
+    """Return a record of a model as one of a value a row, the mean over the times with its standard error.
+
+    Args:
+        record: of the model.
+        data: manifest of what it was measured on, which stands in the place of a reference.
+    """
     return Record(
         record.metric,
         record.count,
@@ -123,6 +155,7 @@ def summary(record: ModelRecord) -> Record:
         about={row.name: f"{record.about} ({record.unit})" for row in record.rows},
         uncertainty={row.name: row.error for row in record.rows},
         uncertainty_law="standard error of the mean over samples",
+        reference=data,
     )
 
 

@@ -1,22 +1,26 @@
-"""Results as files: what was measured, of what and how; several in one table, with what sets them apart."""
+"""Results as files: what was measured, of what and how."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from numbers import Real
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from pathline.core.errors import DataError
+from pathline.metrics.base import Record
 
-__all__ = ["Figure", "Result", "differences", "markdown", "output_of", "table", "write"]
+__all__ = ["Figure", "Result", "add", "output_of", "read", "write"]
 
 FORMAT = 2  # 1 told neither reference, features nor uncertainties
 ENDING = ".metrics.json"
+LINES = ".jsonl"  # ends the name of a file that training writes
+_OWN = {"format", "version", "torch", "metrics", "samples", "asked"}  # the last of a sweep, of what it asked alone
+_RECORD = {field.name for field in fields(Record)}
 
 
 class Figure(NamedTuple):
@@ -35,19 +39,21 @@ Column = tuple[str, str]
 
 @dataclass(frozen=True)
 class Result:
-    """A file of results.
+    """Results of samples, or of a model.
 
     Attributes:
         path: of the file.
         drawn: how the samples were drawn, as their record tells; empty if nobody wrote one.
         shape: of a sample, (C, H, W); None in files of format 1.
         records: one a metric, as ``Record.to_json`` gives them.
+        part: which of several in the file.
     """
 
     path: Path
     drawn: Mapping[str, Any]
     shape: tuple[int, ...] | None
     records: tuple[Mapping[str, Any], ...]
+    part: str = ""
 
     @classmethod
     def read(cls, path: Path) -> Result:
@@ -56,27 +62,126 @@ class Result:
         Raises:
             DataError: no such file, or another kind of one; it is named.
         """
-        if not path.is_file():
-            raise DataError(f"got no file at {path}, expected results that evaluate.py wrote, *{ENDING}")
         try:
-            content = json.loads(path.read_text())
+            content = json.loads(_text(path))
         except (ValueError, RecursionError) as error:
             raise DataError(f"got {path}, which is no JSON: {error}") from error
         known = isinstance(content, dict) and content.get("format", 1) in range(1, FORMAT + 1)
-        records = content.get("metrics") if known else None
-        drawn = content.get("samples", {}) if known else None
+        records, drawn = (content.get("metrics"), content.get("samples", {})) if known else (None, None)
+        shape = (content.get("shape") or []) if known else None
         if not isinstance(records, list) or not isinstance(drawn, dict) or not all(map(_is_record, records)):
             raise DataError(f"got {path}, which holds no results of format 1 to {FORMAT}, as evaluate.py writes them")
-        return cls(path, drawn, tuple(content.get("shape") or ()) or None, tuple(records))
+        if not isinstance(shape, list) or not all(isinstance(size, int) for size in shape):
+            raise DataError(f"got {path} with samples of shape {shape}, expected [C, H, W]")
+        return cls(path, drawn, tuple(shape) or None, tuple(records))
+
+    @property
+    def name(self) -> str:
+        """Of the file, or of the run, and which part."""
+        name = self.path.parent.resolve().name if self.path.suffix == LINES else self.path.name.removesuffix(ENDING)
+        return f"{name} {self.part}".rstrip()
+
+    @property
+    def full_name(self) -> str:
+        """The same with its folder."""
+        name = self.path.parent if self.path.suffix == LINES else str(self.path).removesuffix(ENDING)
+        return f"{name} {self.part}".rstrip()
 
     @property
     def figures(self) -> dict[Column, Figure]:
         """Every value by metric and name."""
         return {
-            (record["metric"], name): Figure(value, record.get("uncertainty", {}).get(name))
+            (record["metric"], name): Figure(value, (record.get("uncertainty") or {}).get(name))
             for record in self.records
             for name, value in record["values"].items()
         }
+
+    def by_count(self) -> list[Result]:
+        """Return a result for each number of samples, where one metric is of several; else this one."""
+        metrics = [record["metric"] for record in self.records]
+        if len(metrics) == len(set(metrics)):
+            return [self]
+        counts = dict.fromkeys(record.get("count") for record in self.records)
+        return [
+            replace(self, part=f"({count})", records=tuple(r for r in self.records if r.get("count") == count))
+            for count in counts
+        ]
+
+
+def read(place: str) -> list[Result]:
+    """Read results by their place.
+
+    Args:
+        place: a file that evaluate.py wrote; or ``RUN/evaluations.jsonl``, all that was measured while it trained, or
+            ``RUN/evaluations.jsonl:STEP`` or ``…:STEP:AVERAGE``.
+
+    Returns:
+        One for each number of samples, step and average.
+
+    Raises:
+        DataError: nothing there, or another kind of file; it is named.
+    """
+    path, found, chosen = place.partition(f"{LINES}:")
+    if not found and not place.endswith(LINES):
+        return Result.read(Path(place)).by_count()
+    step, _, average = chosen.partition(":")
+    results = _of_lines(Path(path + LINES) if found else Path(place))
+    matching = [result for (at, name), result in results.items() if step in ("", at) and average in ("", name)]
+    if not matching:
+        there = ", ".join(f"{at}:{name}" for at, name in list(results)[-5:]) or "none"
+        raise DataError(f"got no results at {place}, expected one of those there: {there}")
+    return matching
+
+
+def _of_lines(path: Path) -> dict[tuple[str, str], Result]:
+    """Return what was measured in training, by step and average; a last line that was cut short is left out."""
+    results: dict[tuple[str, str], Result] = {}
+    lines = _text(path).splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            if number == len(lines):
+                break
+            raise DataError(f"got {path}, whose line {number} is no JSON: {error}") from error
+        if isinstance(row, dict) and isinstance(row.get("values"), dict):  # what was not finite is null
+            row["values"] = {name: math.nan if value is None else value for name, value in row["values"].items()}
+        if not _is_record(row) or not isinstance(row.get("shape", []), list):
+            raise DataError(f"got {path}, whose line {number} holds no results, as training writes them")
+        record = {key: value for key, value in row.items() if key in _RECORD}
+        drawn = {key: value for key, value in row.items() if key not in _RECORD | {"step", "average", "shape"}}
+        place = (str(row.get("step")), str(row.get("average")))
+        older = results.get(place, Result(path, drawn, tuple(row.get("shape", ())) or None, (), "{}:{}".format(*place)))
+        results[place] = replace(older, records=(*older.records, record))
+    return results
+
+
+def _text(path: Path) -> str:
+    """Return the text of a file; raises DataError where there is none."""
+    if not path.is_file():
+        raise DataError(f"got no file at {path}, expected results that evaluate.py wrote, *{ENDING}")
+    try:
+        return path.read_text()
+    except ValueError as error:
+        raise DataError(f"got {path}, which is no text: {error}") from error
+
+
+def _is_record(entry: Any) -> bool:
+    """Whether an entry is a record, as far as tables and comparisons read it."""
+    if not isinstance(entry, dict):
+        return False
+    if not isinstance(entry.get("metric"), str) or not isinstance(entry.get("count", 0), int):
+        return False
+    tables, warned = (entry.get("values"), entry.get("uncertainty") or {}), entry.get("warnings") or []
+    numbers = all(isinstance(t, dict) and all(map(_is_number, t.values())) for t in tables)
+    return numbers and isinstance(warned, list) and all(isinstance(words, str) for words in warned)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
 
 
 def output_of(path: Path) -> Path:
@@ -90,7 +195,7 @@ def output_of(path: Path) -> Path:
 def write(
     path: Path, records: Sequence[Mapping[str, Any]], drawn: Mapping[str, Any], version: str, **more: Any
 ) -> None:
-    """Write results.
+    """Write results, which appear whole or not at all, in the place of older ones.
 
     Args:
         path: of the file, as ``output_of`` names it.
@@ -100,162 +205,42 @@ def write(
         more: what else is known of the samples, as ``shape``.
     """
     head = {"format": FORMAT, "version": version, "torch": torch.__version__}
-    path.write_text(json.dumps({**head, **more, "metrics": list(records), "samples": dict(drawn)}, indent=1))
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_text(json.dumps({**head, **more, "metrics": list(records), "samples": dict(drawn)}, indent=1))
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
-def _is_record(entry: Any) -> bool:
-    if not isinstance(entry, dict) or not isinstance(entry.get("metric"), str):
-        return False
-    tables = (entry.get("values"), entry.get("uncertainty", {}))
-    return all(isinstance(t, dict) and all(isinstance(value, Real) for value in t.values()) for t in tables)
+def add(path: Path, records: Sequence[Mapping[str, Any]], drawn: Mapping[str, Any], version: str, **more: Any) -> None:
+    """Write results, as ``write`` does, beside older ones of what was drawn alike to the same hash.
+
+    Of one metric and one number of samples the new ones hold, and those of other samples go.
+    """
+    older = _older(path, drawn)
+    kept = [{"version": older["version"], **record} for record in _others(older.get("metrics"), records)]
+    if "by_time" in older:
+        more["by_time"] = [*_others(older["by_time"], records), *more.get("by_time", ())]
+    known = {key: value for key, value in older.items() if key not in _OWN}
+    write(path, [*kept, *records], drawn, version, **{**known, **more})
 
 
-# --- tables ----------------------------------------------------------------------------------------------------------
+def _older(path: Path, drawn: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the content of a file of results of the same samples; empty if there is none."""
+    if "samples_sha256" not in drawn and "sha256" not in str(drawn.get("checkpoint")):
+        return {}
+    try:
+        Result.read(path)  # which checks it
+    except DataError:
+        return {}
+    content: dict[str, Any] = json.loads(path.read_text())
+    same = content.get("samples") == json.loads(json.dumps(drawn)) and "version" in content
+    return content if same else {}
 
 
-def table(results: Sequence[Result]) -> str:
-    """Lay results out as lines, one a result under its metrics, whose names are broken into lines."""
-    columns = _columns(results)
-    heads = [["result"], ["solver"], ["NFE"], *(_words(column) for column in columns)]
-    height = max(map(len, heads))
-    rows = [*zip(*([""] * (height - len(head)) + head for head in heads), strict=True), *_rows(results, columns)]
-    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(f"{cell:{'<' if i < 2 else '>'}{widths[i]}}" for i, cell in enumerate(row)).rstrip() for row in rows
-    )
-
-
-def markdown(results: Sequence[Result]) -> str:
-    """Lay results out as a table of Markdown."""
-    columns = _columns(results)
-    heads = ["result", "solver", "NFE", *(", ".join(_words(column)) for column in columns)]
-    lines = [heads, ["---", "---", *["---:"] * (len(heads) - 2)], *_rows(results, columns)]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
-def _columns(results: Sequence[Result]) -> list[Column]:
-    return list(dict.fromkeys(column for result in results for column in result.figures))
-
-
-def _words(column: Column) -> list[str]:
-    """Return a column's name in parts: the metric's, and the value's where it says more."""
-    metric, name = column
-    parts = metric.split(", ")
-    return parts if name in parts else [*parts, name]
-
-
-def _rows(results: Sequence[Result], columns: Sequence[Column]) -> Iterator[list[str]]:
-    for name, result in zip(_names(results), results, strict=True):
-        figures = result.figures
-        solver, nfe = _solver(result), result.drawn.get("nfe")
-        cells = ["—" if cell is None else str(cell) for cell in (solver, nfe, *(figures.get(c) for c in columns))]
-        yield [name, *cells]
-
-
-def _names(results: Sequence[Result]) -> list[str]:
-    """Return short names of the files; longer ones where two would be called alike."""
-    short = [result.path.name.removesuffix(ENDING) for result in results]
-    long = [str(result.path).removesuffix(ENDING) for result in results]
-    return [full if short.count(name) > 1 else name for name, full in zip(short, long, strict=True)]
-
-
-def _solver(result: Result) -> str | None:
-    solver = result.drawn.get("solver")
-    name = solver.get("name") if isinstance(solver, dict) else solver
-    return None if name is None else str(name)
-
-
-# --- what sets results apart -----------------------------------------------------------------------------------------
-
-
-def _entry(*path: str) -> Callable[[Result], Any]:
-    """Return what reads an entry of how samples were drawn; None where it is missing."""
-
-    def read(result: Result) -> Any:
-        value: Any = result.drawn
-        for key in path:
-            value = value.get(key) if isinstance(value, dict) else None
-        return value
-
-    return read
-
-
-def _weights(result: Result) -> Any:
-    checkpoint = result.drawn.get("checkpoint")
-    found = checkpoint if isinstance(checkpoint, dict) else {}
-    return found.get("weights_sha256", found.get("sha256", checkpoint))
-
-
-def _decoder(result: Result) -> Any:
-    decoder = result.drawn.get("autoencoder")
-    return decoder if decoder or not result.drawn else "none"  # samples that are pixels need none
-
-
-# with another one of these, figures cannot be held against each other
-BROKEN: dict[str, Callable[[Result], Any]] = {
-    "shape of a sample": lambda result: result.shape,
-    "label law": _entry("label_law"),
-    "rounding": _entry("rounding"),
-    "decoder": _decoder,
-}
-# these may be what is compared: they are told, so that nothing else is taken for the cause
-DIFFERENT: dict[str, Callable[[Result], Any]] = {
-    "checkpoint": _weights,
-    "average of the weights": _entry("checkpoint", "average"),
-    "solver": _entry("solver"),
-    "NFE": _entry("nfe"),
-    "guidance": _entry("guidance"),
-    "precision": _entry("precision"),
-    "TF32": _entry("tf32"),
-    "seed law": _entry("seed_law"),
-}
-OF_A_METRIC = {
-    "number of samples": "count",
-    "reference": "reference",
-    "number of real samples": "real_count",
-    "feature space": "features",
-}
-
-
-def differences(results: Sequence[Result]) -> list[str]:
-    """Tell what sets results apart: first what makes figures not comparable, then what was drawn differently."""
-    names = _names(results)
-    lines = [f"nothing is known of how {name} was drawn" for name, r in zip(names, results, strict=True) if not r.drawn]
-    for name, result in zip(names, results, strict=True):
-        lines += [f"{name}: {rec['metric']}: {words}" for rec in result.records for words in rec.get("warnings", ())]
-    for metric in dict.fromkeys(record["metric"] for result in results for record in result.records):
-        found = [(n, rec) for n, r in zip(names, results, strict=True) for rec in r.records if rec["metric"] == metric]
-        for what, key in OF_A_METRIC.items():
-            lines += _told(f"{metric} is not comparable: another {what}", [(n, rec.get(key)) for n, rec in found])
-    for head, facts in (("not comparable: another", BROKEN), ("drawn differently: another", DIFFERENT)):
-        for what, read in facts.items():
-            lines += _told(f"{head} {what}", [(n, read(result)) for n, result in zip(names, results, strict=True)])
-    return list(dict.fromkeys(lines))
-
-
-def _told(head: str, values: Sequence[tuple[str, Any]]) -> Iterator[str]:
-    """Yield one line if the values are not all the same: each with the results that have it."""
-    groups: dict[str, tuple[Any, list[str]]] = {}
-    for name, value in values:
-        groups.setdefault(json.dumps(value, sort_keys=True), (value, []))[1].append(name)
-    if len(groups) > 1:
-        found = [value for value, _ in groups.values()]
-        alike = {key for key, value in _items(found[0]) if all((key, value) in _items(other) for other in found)}
-        told = (f"{_shown(value, alike)} in {', '.join(names)}" for value, names in groups.values())
-        yield f"{head}: {'; '.join(told)}"
-
-
-def _items(value: Any) -> list[tuple[str, Any]]:
-    return list(value.items()) if isinstance(value, dict) else []
-
-
-def _shown(value: Any, alike: Collection[str] = ()) -> str:
-    """Return a value in few words: hashes by their first digits, of tables the name and what is not alike."""
-    if value in (None, {}, []):
-        return "none" if value == [] else "unknown"
-    if isinstance(value, dict):
-        others = (f"{key}={_shown(item)}" for key, item in value.items() if key != "name" and key not in alike)
-        return " ".join([*([str(value["name"])] if "name" in value else ()), *others]) or "the rest"
-    if isinstance(value, list):
-        return ", ".join(map(_shown, value))
-    return f"{value[:12]}…" if isinstance(value, str) and len(value) == 64 else str(value)
+def _others(older: Any, newer: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the older records of a metric and a number of samples that no newer one is of."""
+    measured = {(record["metric"], record["count"]) for record in newer}
+    found = older if isinstance(older, list) else []
+    return [r for r in found if isinstance(r, dict) and (r.get("metric"), r.get("count")) not in measured]

@@ -121,6 +121,12 @@ class Samples:
         if known not in (None, told.hexdigest()):
             raise DataError(f"got {self.path} with other samples than its record tells of, by their hash; {_STALE}")
 
+    def check_hash(self) -> None:
+        """Read all samples; raises DataError as ``batches`` does."""
+        if "samples_sha256" in self.record:
+            for _ in self.batches(256):
+                pass
+
     def _parts(self, ids: range) -> Iterator[tuple[_Piece, range]]:
         """Yield the pieces that hold samples by number, each with their numbers in it."""
         start = 0

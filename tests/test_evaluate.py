@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import pathline
 from pathline import Draws, Flow, data, metrics
 from pathline.core.config import resolve
 from pathline.evaluate import main as evaluate
@@ -230,9 +231,8 @@ def test_a_model_is_measured_on_what_it_has_not_seen(tmp_path, capsys):
     assert f"{row.mean:.4g} ± {row.error:.2g}" in capsys.readouterr().out
     words = ["--metrics", "bits-per-dimension", "--count", "3", "--option", "bits-per-dimension.levels=17"]
     assert evaluate([str(checkpoint), *words]) == 0
-    assert (
-        "17 levels"
-        in json.loads((tmp_path / "run" / "step-000000002.metrics.json").read_text())["metrics"][0]["metric"]
-    )
+    both = json.loads((tmp_path / "run" / "step-000000002.metrics.json").read_text())
+    assert both["metrics"][0] == {"version": pathline.__version__, **record} and len(both["by_time"]) == 2
+    assert "17 levels" in both["metrics"][1]["metric"] and both["metrics"][1]["reference"]["split"] == "held-out"
     assert evaluate([str(checkpoint), "data.split=train", "--metrics", "loss-by-time", "--count", "1000"]) == 2
     assert "expected 2 to 898 samples" in capsys.readouterr().err

@@ -11,7 +11,8 @@ import torch
 from pathline.core.errors import DataError
 from pathline.evaluate import main as evaluate
 from pathline.metrics.base import Record
-from pathline.metrics.results import Result, differences, markdown, output_of, table, write
+from pathline.metrics.comparison import differences, markdown, table
+from pathline.metrics.results import Result, add, output_of, read, write
 
 DRAWN = {
     "checkpoint": {"name": "step-000000300", "average": "ema", "weights_sha256": "a" * 64},
@@ -79,6 +80,133 @@ def test_files_written_before_are_read(tmp_path):
     assert result.shape is None and str(result.figures["frechet, pca", "distance"]) == "1.5"
 
 
+SAMPLES = {**DRAWN, "samples_sha256": "9" * 64}
+
+
+def record(count, metric="fid", **values):
+    return Record(metric, count, values or {metric: 1.5}, {}, 0).to_json()
+
+
+def test_results_of_the_same_samples_are_added_and_newer_ones_hold(tmp_path):
+    path = tmp_path / "a.metrics.json"
+    write(path, [record(50, fid=7.5), record(10, fid=9.5)], SAMPLES, "1.0", asked=["fid"], accuracy=0.5)
+    add(path, [record(50, fid=7.25), record(10, "kid", kid=0.5)], SAMPLES, "1.1", shape=[1, 3, 5])
+    content = json.loads(path.read_text())
+    assert [(r["metric"], r["count"], *r["values"].values(), r.get("version")) for r in content["metrics"]] == [
+        ("fid", 10, 9.5, "1.0"),
+        ("fid", 50, 7.25, None),
+        ("kid", 10, 0.5, None),
+    ]
+    assert (content["version"], content["accuracy"], content["shape"]) == ("1.1", 0.5, [1, 3, 5])
+    assert "asked" not in content  # a sweep finds there what it did not ask for
+    assert [file.name for file in tmp_path.iterdir()] == ["a.metrics.json"]
+
+
+@pytest.mark.parametrize(
+    "drawn", [{**SAMPLES, "samples_sha256": "8" * 64}, {**SAMPLES, "nfe": 51}, {"solver": "other"}, {}]
+)
+def test_results_of_other_samples_go(drawn, tmp_path):
+    path = tmp_path / "a.metrics.json"
+    older = SAMPLES if "nfe" in drawn else drawn  # of what has no hash nobody knows
+    write(path, [record(10)], older, "1.0")
+    add(path, [record(7)], drawn, "1.0")
+    assert [entry["count"] for entry in json.loads(path.read_text())["metrics"]] == [7]
+
+
+@pytest.mark.parametrize("content", ["{", '{"format": 2, "metrics": [3]}', '{"by_time": 5}'])
+def test_damaged_results_are_replaced(content, tmp_path):
+    (tmp_path / "a.metrics.json").write_text(content)
+    add(tmp_path / "a.metrics.json", [record(7)], SAMPLES, "1.0")
+    assert len(Result.read(tmp_path / "a.metrics.json").records) == 1
+
+
+def test_results_appear_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "a.metrics.json"
+    write(path, [record(10)], SAMPLES, "1.0")
+    before = path.read_bytes()
+
+    def full(self, text):
+        self.write_bytes(text[:40].encode())
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="no space left"):
+        add(path, [record(7)], SAMPLES, "1.0")
+    assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == ["a.metrics.json"]
+
+
+def test_one_metric_of_several_numbers_of_samples_is_a_row_each(tmp_path, capsys):
+    path = tmp_path / "a.metrics.json"
+    write(path, [record(50, fid=7.5), record(10, fid=9.5), record(50, "kid", kid=0.5)], SAMPLES, "1.0")
+    assert evaluate(["compare", str(path)]) == 0
+    printed = capsys.readouterr()
+    assert [line.split() for line in printed.out.splitlines()[1:]] == [
+        ["a", "(50)", "heun", "50", "7.5", "0.5"],
+        ["a", "(10)", "heun", "50", "9.5", "—"],
+    ]
+    assert printed.err == "warning: fid is not comparable: another number of samples: 50 in a (50); 10 in a (10)\n"
+
+
+# --- results of training ---------------------------------------------------------------------------------------------
+
+
+def lines(folder, *rows):
+    folder.mkdir(exist_ok=True)
+    (folder / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / "evaluations.jsonl"
+
+
+def row(step, average, metric="fid", value=2.5):
+    head = {"step": step, "average": average, "shape": [1, 3, 5], **DRAWN}
+    return {**head, **record(500, metric, **{metric: value})}
+
+
+def test_what_training_measured_is_read_by_step_and_average(tmp_path, capsys):
+    file = lines(
+        tmp_path / "run",
+        row(10, "ema"),
+        row(10, "ema", "kid", None),
+        row(10, "ema-0.050", value=3.5),
+        row(20, "ema", value=1.5),
+    )
+    with file.open("a") as end:
+        end.write('{"step": 30, "aver')  # a kill
+    names = {place: [r.name for r in read(f"{file}{place}")] for place in ("", ":10", ":20:ema", ":10:ema-0.050")}
+    assert names == {
+        "": ["run 10:ema", "run 10:ema-0.050", "run 20:ema"],
+        ":10": ["run 10:ema", "run 10:ema-0.050"],
+        ":20:ema": ["run 20:ema"],
+        ":10:ema-0.050": ["run 10:ema-0.050"],
+    }
+    (result,) = read(f"{file}:10:ema")
+    assert result.drawn == DRAWN and result.shape == (1, 3, 5) and [len(r) for r in result.records] == [11, 11]
+    other = written(tmp_path, "sampled", values={"fid": 1.75})
+    assert evaluate(["compare", f"{file}:20:ema", str(other)]) == 0
+    printed = capsys.readouterr()
+    assert [line.split()[-1] for line in printed.out.splitlines()[1:]] == ["1.5", "0.032"]
+    assert "fid is not comparable: another reference" in printed.err and "label law" not in printed.err
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        (":30", r"got no results at .*:30, expected one of those there: 10:ema, 20:ema"),
+        (":10:ema-0.1", "expected one of those there: 10:ema, 20:ema"),
+    ],
+)
+def test_a_step_that_was_not_measured(place, said, tmp_path):
+    with pytest.raises(DataError, match=said):
+        read(f"{lines(tmp_path / 'run', row(10, 'ema'), row(20, 'ema'))}{place}")
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"step": 1}', '{"metric": "a", "values": {"b": "c"}}'])
+def test_lines_of_another_kind_are_refused(line, tmp_path):
+    file = lines(tmp_path / "run", row(10, "ema"))
+    file.write_text(f"{line}\n{file.read_text()}")
+    with pytest.raises(DataError, match=r"evaluations\.jsonl, whose line 1"):
+        read(str(file))
+
+
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 
@@ -140,11 +268,25 @@ def test_equal_results_have_nothing_to_be_told(tmp_path):
             "fid is not comparable: another feature space: inception sha256=cccccccccccc… in a; "
             "inception sha256=eeeeeeeeeeee… in b",
         ),
+        (
+            dict(reference={"kind": "data", "split": "train"}),
+            "fid is not comparable: another reference: virtual sha256=bbbbbbbbbbbb… count=1000 in a; "
+            "kind=data split=train in b",
+        ),
         (dict(size=(5, 3)), "not comparable: another shape of a sample: (1, 3, 5) in a; (1, 5, 3) in b"),
     ],
 )
 def test_what_makes_figures_not_comparable_is_named(changes, line, tmp_path):
     assert told(written(tmp_path, "a"), written(tmp_path, "b", **changes)) == [line]
+
+
+def test_where_a_reference_lies_matters_only_as_long_as_its_content_is_unknown(tmp_path):
+    known = [{"kind": "images", "path": name, "sha256": "b" * 64} for name in ("x.npz", "y.npz")]
+    assert told(*(written(tmp_path, n, reference=r) for n, r in zip("ab", known, strict=True))) == []
+    unknown = [{"kind": "images", "path": name} for name in ("x.npz", "y.npz")]
+    assert told(*(written(tmp_path, n, reference=r) for n, r in zip("cd", unknown, strict=True))) == [
+        "fid is not comparable: another reference: path=x.npz in c; path=y.npz in d"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -220,6 +362,13 @@ def test_differences_go_to_stderr_and_are_no_failure(tmp_path, capsys):
         '{"metrics": [{"metric": "fid", "values": {"fid": "low"}}]}',
         '{"metrics": [], "samples": []}',
         '{"metrics": [], "format": 3}',
+        '{"metrics": [], "format": 2, "shape": 5, "samples": {}}',
+        '{"metrics": [], "shape": ["a"]}',
+        '{"metrics": [{"metric": "fid", "values": {}, "warnings": 5}]}',
+        '{"metrics": [{"metric": "fid", "values": {}, "warnings": [5]}]}',
+        '{"metrics": [{"metric": "fid", "values": {}, "uncertainty": 5}]}',
+        '{"metrics": [{"metric": "fid", "values": {}, "count": []}]}',
+        '{"metrics": [{"metric": "fid", "values": {"fid": 1' + "0" * 400 + "}}]}",
     ],
 )
 def test_files_of_another_kind_are_refused(content, tmp_path, capsys):
