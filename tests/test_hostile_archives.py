@@ -634,7 +634,9 @@ def test_idx_files_whose_headers_lie(images, labels, said, pack, tmp_path):
     assert said in str(error.value) and "-ubyte" in str(error.value)
 
 
-@pytest.mark.parametrize("content", [gzip.compress(IMAGES)[:-9], b"no gzip", gzip.compress(IMAGES)[:12]])
+@pytest.mark.parametrize(
+    "content", [gzip.compress(IMAGES)[:-9], b"no gzip", gzip.compress(IMAGES)[:12]], ids=["tail", "none", "head"]
+)
 def test_damaged_gzip(content, tmp_path):
     (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(content)
     (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(gzip.compress(LABELS))
