@@ -168,22 +168,23 @@ def test_bytes_are_the_same_of_two_processes(processes, tmp_path):
 
 
 def test_a_process_that_fails_is_noticed_by_the_others(processes, tmp_path):
-    def work(broken):
+    def work(folder, broken):
         fabric = Fabric(accelerator="cpu", devices=2, strategy=DDPStrategy(process_group_backend="gloo"))
         fabric.launch()
         try:
-            prepare(Pictures(broken=broken), tmp_path, FULL, autoencoder=Coder(), features=FEATURES, fabric=fabric)
+            prepare(Pictures(broken=broken), folder, FULL, autoencoder=Coder(), features=FEATURES, fabric=fabric)
         except PathlineError as error:
             return f"{type(error).__name__}: {error}"
 
     for broken, names in ((20, ("Stopped", "DataError")), (3, ("DataError", "Stopped"))):
-        words = processes(2, work, [broken]).checked()
+        folder = tmp_path / str(broken)
+        words = processes(2, work, folder, [broken]).checked()
         said = {"Stopped": "another process has failed", "DataError": f"got 0{broken:02d}.png, which is truncated"}
         assert [word.partition(":")[0] for word in words] == list(names)
         assert all(word.startswith(f"{name}: {said[name]}") for word, name in zip(words, names, strict=True))
-        assert (tmp_path / "journal" / "stopped").read_text() == "failed"
-    assert processes(2, work, []).checked() == [None, None]
-    assert manifest_of(tmp_path)["count"] == 37 and not (tmp_path / "journal").exists()
+        assert (folder / "journal" / "stopped").read_text() == "failed"
+        assert processes(2, work, folder, []).checked() == [None, None]
+        assert manifest_of(folder)["count"] == 37 and not (folder / "journal").exists()
 
 
 def test_processes_that_would_be_idle_are_told_of(processes, tmp_path):

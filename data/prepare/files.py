@@ -64,6 +64,7 @@ class Files:
             self._check_file(shard, verify)
         self._counts = np.array([shard.rows for shard in manifest.shards])
         self._ends = np.cumsum(self._counts)
+        self._starts = self._ends - self._counts
         self._check_index()
         self.labels = self._numbers("labels") if manifest.class_names else torch.zeros(manifest.count).long()
         if not 0 <= int(self.labels.min()) <= int(self.labels.max()) < max(len(manifest.class_names), 1):
@@ -79,19 +80,15 @@ class Files:
             index: (N,) of existing rows.
             flipped: (N,) of which the mirror image is meant, in columns that have it; None of none.
         """
-        counts, places = self._counts, None
-        if len(counts) > 1:
-            order = np.argsort(index)  # rows are counted through the shards
-            index, flipped = index[order], None if flipped is None else flipped[order]
-            places = torch.empty(len(order), dtype=torch.int64)
-            places.numpy()[order] = np.arange(len(order))
-            ends = np.searchsorted(index, self._ends)
-        else:
-            ends = np.array([len(index)])
-        holding = np.diff(ends, prepend=0)
-        rows = index - np.repeat(self._ends - counts, holding)
-        sides = rows if flipped is None else rows + np.repeat(counts, holding) * flipped
-        return Found(ends.tolist(), rows, sides, places)
+        if len(self._counts) == 1:
+            return Found([len(index)], index, index if flipped is None else index + self._counts * flipped, None)
+        order = np.argsort(index)  # rows are counted through the shards
+        found, places = index[order], np.empty_like(order)
+        places[order] = np.arange(len(order))
+        holders = np.searchsorted(self._ends, found, side="right")
+        rows = found - self._starts[holders]
+        sides = rows if flipped is None else rows + self._counts[holders] * flipped[order]
+        return Found(np.searchsorted(found, self._ends).tolist(), rows, sides, torch.from_numpy(places))
 
     def gather(self, name: str, found: Found) -> Tensor:
         """Return a copy of rows of a column, (N, …), in the order in which they were found.
@@ -105,7 +102,7 @@ class Files:
         rows = found.sides if name + FLIPPED in self.manifest.columns else found.rows
         for part, end in zip(self._parts[name], found.ends, strict=True):
             if end > begin:  # "clip" is the mode in which nothing is copied twice
-                np.take(part, rows[begin:end], axis=0, out=to[begin:end], mode="clip")
+                part.take(rows[begin:end], axis=0, out=to[begin:end], mode="clip")
             begin = end
         return gathered
 
