@@ -30,12 +30,12 @@ from pathline.core.errors import (
 )
 from pathline.metrics import Real, Record, Reference, comparison, models, results
 from pathline.metrics.evaluation import Evaluation, component
-from pathline.metrics.options import options_of, with_options
 from pathline.metrics.report import Judge, measure_model, measure_samples, summary, table
 from pathline.metrics.samples import Samples
 from pathline.training import sampling
 from pathline.training.manifest import STATE, SUFFIX
 from pathline.training.measuring import Unseen, measure_in_all
+from pathline.training.options import options_of, with_options
 from pathline.training.workers import Told, Workers
 
 BATCH, SEED = 64, 0

@@ -148,11 +148,11 @@ def test_ranges_of_numbers(run):
 @pytest.mark.parametrize("law", ["balanced", "random", "none", 4, [5, 1, 2]])
 def test_labels_are_functions_of_number_and_seed(law):
     wanted = Sample(labels=law, seed=5)
-    every = sampling.labels_of(wanted, range(50), 7)
-    assert torch.equal(sampling.labels_of(wanted, range(13, 31), 7), every[13:31])
+    every = sampling.labels_of(wanted, range(50), 7, 7)
+    assert torch.equal(sampling.labels_of(wanted, range(13, 31), 7, 7), every[13:31])
     assert every.min() >= 0 and every.max() <= (7 if law == "none" else 6)
     assert sampling.labels_of(wanted, range(50), 0) is None
-    other = sampling.labels_of(wanted.model_copy(update={"seed": 6}), range(50), 7)
+    other = sampling.labels_of(wanted.model_copy(update={"seed": 6}), range(50), 7, 7)
     assert torch.equal(other, every) == (law != "random")
 
 

@@ -20,13 +20,13 @@ from pathline.core.errors import CheckpointError, ConfigurationError, DataError,
 from pathline.metrics import results
 from pathline.metrics.base import Reference
 from pathline.metrics.evaluation import Evaluation
-from pathline.metrics.options import options_of, with_options
 from pathline.metrics.report import measure_samples
 from pathline.metrics.samples import Samples
 from pathline.training import drawing
 from pathline.training.drawing import Written
 from pathline.training.manifest import parse
 from pathline.training.names import default_name
+from pathline.training.options import options_of, with_options
 from pathline.training.pictures import levels
 from pathline.training.record import Order, digest
 from pathline.training.swept import Found
