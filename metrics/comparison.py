@@ -135,8 +135,8 @@ def differences(results: Sequence[Result]) -> list[str]:
         for what, read in OF_A_METRIC.items():
             lines += _told(f"{metric} is not comparable: another {what}", [(n, read(rec)) for n, rec in found])
     for head, facts in (("not comparable: another", BROKEN), ("drawn differently: another", DIFFERENT)):
-        for what, read in facts.items():
-            lines += _told(f"{head} {what}", [(n, read(result)) for n, result in zip(names, results, strict=True)])
+        for what, fact in facts.items():
+            lines += _told(f"{head} {what}", [(n, fact(result)) for n, result in zip(names, results, strict=True)])
     return list(dict.fromkeys(lines))
 
 

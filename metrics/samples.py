@@ -114,7 +114,7 @@ class Samples:
             done = ids.start
             for rows in piece.rows(ids, max(1, min(size, _AT_ONCE // math.prod(self.shape)))):
                 if known is not None:
-                    told.update(np.ascontiguousarray(rows))
+                    told.update(np.ascontiguousarray(rows).data)
                 labels = None if piece.labels is None else piece.labels[done : done + len(rows)]
                 yield rearrange(torch.from_numpy(rows), "n h w c -> n c h w").contiguous(), labels
                 done += len(rows)

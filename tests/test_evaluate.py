@@ -1,17 +1,21 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
-import pathline
+import pathline.evaluate
 from pathline import Draws, Flow, data, metrics
 from pathline.core.config import resolve
+from pathline.core.errors import DataError
 from pathline.evaluate import main as evaluate
 from pathline.metrics import features
+from pathline.metrics.samples import Samples
 from pathline.training import Trainer, sampling
 
 
@@ -76,6 +80,36 @@ def test_a_record_of_another_form_is_copied(tmp_path, capsys):
     (tmp_path / "samples.json").write_text(json.dumps({"solver": "other", "nfe": 5}))
     assert evaluate([path]) == 0
     assert "samples, other, NFE 5\n" in capsys.readouterr().out
+
+
+def test_a_number_of_samples_that_are_not_there_is_refused(tmp_path, capsys):
+    path = write(tmp_path / "samples.npz")
+    assert evaluate([path, "--count", "61"]) == 2
+    assert re.search(r"got count 61, expected 1 to 60 of .*samples\.npz", capsys.readouterr().err)
+    images = np.zeros((900, 8, 8, 1), np.uint8)
+    assert evaluate([write(tmp_path / "many.npz", arr_0=images, arr_1=None), "--count", "899"]) == 2
+    assert "got count 899, expected at most 898, as there are training images" in capsys.readouterr().err
+
+
+def test_too_few_samples_are_named_with_the_file(tmp_path, capsys):
+    assert evaluate([write(tmp_path / "samples.npz"), "--count", "1"]) == 2
+    assert re.search(r"^error: got 1 samples, expected at least .*samples\.npz$", capsys.readouterr().err)
+
+
+def test_a_record_of_other_samples_is_refused(tmp_path, capsys):
+    path = write(tmp_path / "samples.npz")
+    (tmp_path / "samples.json").write_text(json.dumps({"count": 99999, "solver": {"name": "heun"}}))
+    assert evaluate([path]) == 2
+    assert "samples.npz with count 60, and 99999 by its record" in capsys.readouterr().err
+
+
+def test_an_interrupt_is_one_line(tmp_path, capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pathline.evaluate, "_judge", interrupted)
+    assert evaluate([write(tmp_path / "samples.npz")]) == 130
+    assert capsys.readouterr().err == "stopped: what was not finished is not written\n"
 
 
 def test_evaluate_without_a_file(tmp_path, capsys):
@@ -159,6 +193,60 @@ def test_named_metrics_on_any_reference_in_batches(tmp_path, capsys):
     assert "a.npz: the first 250 of 300 samples" in printed.out and printed.err == ""
 
 
+def test_results_of_several_numbers_of_samples_stay_together(tmp_path, capsys):
+    images = colours(tmp_path / "a.npz", 300)
+    told = {"nfe": 5, "samples_sha256": hashlib.sha256(images.tobytes()).hexdigest()}
+    (tmp_path / "a.json").write_text(json.dumps(told))
+    colours(tmp_path / "real.npz", 200, seed=1)
+    words = [str(tmp_path / "a.npz"), "--metrics", "frechet:flat", "--reference", str(tmp_path / "real.npz")]
+    for count in ("250", "270", "250"):
+        assert evaluate([*words, "--count", count]) == 0
+    assert [record["count"] for record in records(tmp_path / "a.npz")] == [270, 250]
+    assert evaluate([*words, "--output", str(tmp_path / "b.metrics.json")]) == 0
+    assert [record["count"] for record in records(tmp_path / "b.npz")] == [300]
+    capsys.readouterr()
+    assert evaluate(["compare", str(tmp_path / "a.metrics.json"), str(tmp_path / "b.metrics.json")]) == 0
+    said = capsys.readouterr().err
+    assert "another number of samples: 270 in a (270); 250 in a (250); 300 in b" in said
+    (tmp_path / "a.json").write_text(json.dumps({**told, "samples_sha256": "0" * 64}))
+    assert evaluate(words) == 2 and re.search(r"a\.npz with other samples .* hash", capsys.readouterr().err)
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
+def test_several_processes_measure_what_one_does(processes, tmp_path, monkeypatch):
+    images, labels = colours(tmp_path / "a.npz", 37), np.arange(37) % 3
+    folder = tmp_path / "a.shards"
+    folder.mkdir()
+    for number, (first, last) in enumerate(((0, 5), (5, 28), (28, 37))):
+        np.savez(folder / f"shard-{number:05d}.npz", arr_0=images[first:last], arr_1=labels[first:last])
+    digest = hashlib.sha256(images.tobytes()).hexdigest()
+    (folder / "record.json").write_text(json.dumps({"count": 37, "samples_sha256": digest}))
+    colours(tmp_path / "real.npz", 23, seed=1)
+    asked = ["--metrics", "frechet:flat,kid:flat,precision-recall:flat", "--option", "kid.size=11"]
+    words = [*asked, "--reference", str(tmp_path / "real.npz"), "--batch", "4", "--device", "cpu"]
+    assert evaluate([str(tmp_path / "a.npz"), *words, "--output", str(tmp_path / "one.metrics.json")]) == 0
+    two = [str(folder), *words, "--devices", "2", "--output", str(tmp_path / "two.metrics.json")]
+    ended = processes(2, lambda: evaluate(two), timeout=60)
+    assert ended.checked() == [0, 0]
+    assert "the first 37 of 37 samples" in ended.outputs[0] and "samples" not in ended.outputs[1]
+    one, two_of_them = (records(tmp_path / f"{name}.npz") for name in ("one", "two"))
+    assert [record["metric"] for record in one] == [record["metric"] for record in two_of_them]
+    for first, second in zip(one, two_of_them, strict=True):
+        assert first["count"] == second["count"] == 37
+        assert first["values"] == pytest.approx(second["values"], rel=1e-9)
+    batches = Samples.batches
+
+    def damaged(self, size, count=None, first=0):
+        if first:
+            raise DataError("got a damaged shard")
+        return batches(self, size, count, first)
+
+    monkeypatch.setattr(Samples, "batches", damaged)
+    ended = processes(2, lambda: evaluate(two), timeout=60)
+    assert ended.checked() == [2, 2]
+    assert "error: got a damaged shard" in ended.outputs[0] and "error" not in ended.outputs[1]
+
+
 def test_fewer_samples_than_features_are_warned_of_with_the_file(tmp_path, capsys):
     colours(tmp_path / "a.npz", 9), colours(tmp_path / "real.npz", 200, seed=1)
     words = [str(tmp_path / "a.npz"), "--metrics", "frechet:flat", "--reference", str(tmp_path / "real.npz")]
@@ -188,6 +276,20 @@ def test_fewer_samples_than_features_are_warned_of_with_the_file(tmp_path, capsy
         (["--metrics", "frechet:flat", "--reference", "REAL", "--option", "frechet.a=3"], "has no option 'a'"),
         (["--metrics", "frechet:flat", "--reference", "REAL", "--device", "cuda:77"], "got device 'cuda:77'"),
         (["sample.seed=3"], "got no file at sample.seed=3"),
+        (["--metrics", "frechet:flat", "--threads", "0"], "got threads 0, expected 1 or more"),
+        (["--metrics", "frechet:flat", "--devices", "0"], "got devices 0, expected 1 or more"),
+        (["--option", "kid.size=3"], "got --option, which is of metrics that --metrics names"),
+        (["--device", "cpu"], "got --device, which is of metrics"),
+        (["--devices", "2", "--reference", "digits"], "got --devices, which is of metrics"),
+        (["--batch", "3"], "got --batch, which is of metrics"),
+        (["--metrics", "frechet:flat", "--reference", "REAL", "--devices", "13"], "got --devices 13 for 12 samples"),
+        (["--metrics", "frechet:flat", "--devices", "2", "--device", "cuda:1"], "got --device cuda:1 for 2 devices"),
+        (["--metrics", "loss-by-time", "--reference", "nonsense"], "got --reference, which is of samples"),
+        (["--metrics", "loss-by-time", "--devices", "2"], "got --devices, which is of samples"),
+        (["--metrics", "kid:flat", "--reference", "REAL"], r"got 12 samples.* kid\.size.* in .*a\.npz"),
+        (["--metrics", "frechet:flat", "--reference", "REAL", "--output", "a.json"], r"ends in \.metrics\.json"),
+        (["--output", "nowhere/a.metrics.json"], "in a folder that is there"),
+        (["REAL", "--output", "both.metrics.json"], "got --output for 2 files"),
     ],
 )
 def test_what_is_wrong_is_named(words, said, tmp_path, capsys):
@@ -236,3 +338,13 @@ def test_a_model_is_measured_on_what_it_has_not_seen(tmp_path, capsys):
     assert "17 levels" in both["metrics"][1]["metric"] and both["metrics"][1]["reference"]["split"] == "held-out"
     assert evaluate([str(checkpoint), "data.split=train", "--metrics", "loss-by-time", "--count", "1000"]) == 2
     assert "expected 2 to 898 samples" in capsys.readouterr().err
+    output = tmp_path / "train.metrics.json"
+    words = ["--metrics", "loss-by-time", "--count", "30", "--output", str(output)]
+    assert evaluate([str(checkpoint), "data.split=train", *words]) == 0
+    capsys.readouterr()
+    assert evaluate(["compare", str(tmp_path / "run" / "step-000000002.metrics.json"), str(output)]) == 0
+    said = capsys.readouterr().err
+    assert re.search(r"loss-by-time.* is not comparable: another reference: .*split=held-out.* in .*split=train", said)
+    for model in (tmp_path / "run", checkpoint, tmp_path / "weights.safetensors"):
+        assert evaluate([str(model)]) == 2
+        assert f"error: got {model}, a model; give --metrics loss-by-time" in capsys.readouterr().err

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pathline import Draws, metrics, train
+from pathline import Draws, evaluate, metrics, sample, train
 from pathline.core.config import resolve
 from pathline.core.errors import ConfigurationError
-from pathline.metrics import Real, Record, features
+from pathline.metrics import Real, Record, features, reference
 from pathline.metrics.base import Metric
 from pathline.metrics.evaluation import Evaluation
-from pathline.training import Trainer, loop, sampling
+from pathline.training import Trainer, loop, sampling, template
 from pathline.training.log import read_rows
 from pathline.training.pictures import levels
 
@@ -124,6 +126,39 @@ def test_figures_are_those_of_the_same_samples_measured_by_hand(tmp_path):
         assert (
             row["label_law"] == "random" and row["solver"]["name"] == "euler" and row["reference"]["name"] == "digits"
         )
+
+
+def test_a_line_tells_how_samples_were_drawn_as_their_own_record_would(tmp_path):
+    trained(tmp_path, {"every": 6, "averages": ["ema", "ema-0.100"]}, ema={"decay": 0.9, "lengths": [0.1]})
+    output = tmp_path / "drawn.npz"
+    words = ["count=37", "batch=10", f"output={output}"]
+    assert sample.main([str(tmp_path), *(f"sample.{word}" for word in words)]) == 0
+    record = json.loads(output.with_suffix(".json").read_text())
+    line, other = rows(tmp_path)
+    shared = {"version", "seed", "seed_law", "label_law", "solver", "guidance", "nfe", "device", "devices", "torch"}
+    shared |= {"precision", "tf32", "rounding", "autoencoder", "data"}
+    assert {key: line[key] for key in shared} == {key: record[key] for key in shared}
+    assert line["checkpoint"] == {**record["checkpoint"], "decay": 0.9, "warmup": True}
+    assert other["checkpoint"]["length"] == 0.1 and other["checkpoint"]["average"] == "ema-0.100"
+    assert other["checkpoint"]["weights_sha256"] != line["checkpoint"]["weights_sha256"]
+    stored = json.loads((tmp_path / "checkpoints" / "step-000000006" / "state.json").read_text())["configuration"]
+    assert line["configuration_sha256"] == hashlib.sha256(json.dumps(stored, sort_keys=True).encode()).hexdigest()
+
+
+def test_lines_are_compared_with_results_of_samples(tmp_path, capsys):
+    trained(tmp_path / "run", {"every": 6})
+    output = tmp_path / "drawn.npz"
+    words = ["count=37", "batch=10", f"output={output}"]
+    assert sample.main([str(tmp_path / "run"), *(f"sample.{word}" for word in words)]) == 0
+    asked = ["--metrics", "frechet:pca", "--reference", "digits"]
+    assert evaluate.main([str(output), *asked]) == 0
+    capsys.readouterr()
+    places = [f"{tmp_path / 'run' / 'evaluations.jsonl'}:6:ema", str(tmp_path / "drawn.metrics.json")]
+    assert evaluate.main(["compare", *places]) == 0
+    printed = capsys.readouterr()
+    first, second = (line.split() for line in printed.out.splitlines()[-2:])
+    assert (first[:2], second[0]) == (["run", "6:ema"], "drawn") and first[2:] == second[1:]
+    assert [line for line in printed.err.splitlines() if "biased" not in line] == []
 
 
 def test_the_schedule_holds_several_averages_and_the_end(tmp_path, capsys):
@@ -329,6 +364,8 @@ def test_going_back_sets_results_aside(tmp_path, monkeypatch):
         ({"metrics": ["frechet"], "reference": "nowhere.npz"}, "evaluation: .*nowhere.npz"),
         ({"metrics": ["frechet:pca"], "features": {"pcaa": {"axes": 3}}}, "unknown feature space 'pcaa'"),
         ({"metrics": ["memorisation:pca"]}, "evaluation: .*no option 'features'"),
+        ({"metrics": ["kid:pixels"]}, r"evaluation: got 37 samples.* kid\.size"),
+        ({"metrics": ["label-agreement"], "labels": "none"}, "evaluation: got samples without labels"),
         ({"averages": ["ema-0.1"]}, "evaluation.averages: got 'ema-0.1'; did you mean 'ema'"),
         ({"labels": [3, 10]}, r"evaluation.labels: got \[3, 10\], expected classes from 0 to 9"),
     ],
@@ -337,6 +374,25 @@ def test_what_cannot_be_measured_is_refused_before_training(evaluation, said, tm
     with pytest.raises(ConfigurationError, match=said):
         Trainer(configuration(tmp_path / "run", evaluation))
     assert not (tmp_path / "run").exists()
+
+
+def test_statistics_of_another_feature_space_are_refused_before_training(tmp_path):
+    file = tmp_path / "statistics.safetensors"
+    assert reference.main(["digits", str(file), "--features", "pixels"]) == 0
+    with pytest.raises(ConfigurationError, match=r"evaluation: got .*statistics\.safetensors .* another feature space"):
+        Trainer(configuration(tmp_path / "run", {"reference": str(file), "features": {"pca": {"training": "digits"}}}))
+
+
+def test_a_pass_over_many_images_at_every_start_is_warned_of(tmp_path, monkeypatch, capsys):
+    np.savez(tmp_path / "real.npz", arr_0=np.random.default_rng(0).integers(0, 256, (90, 8, 8, 1), np.uint8))
+    told = {"metrics": ["frechet:pixels"], "reference": str(tmp_path / "real.npz")}
+    Trainer(configuration(tmp_path / "run", told))
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(template, "KEPT", 89)
+    Trainer(configuration(tmp_path / "run", told))
+    said = capsys.readouterr().err
+    assert "warning: evaluation: 90 images of the reference" in said
+    assert f"python -m pathline.metrics.reference {tmp_path / 'real.npz'} statistics.safetensors" in said
 
 
 def test_latents_without_an_autoencoder_are_refused(tmp_path):
