@@ -15,28 +15,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning_fabric import Fabric
 
 import pathline
-from pathline import metrics
 from pathline.core.errors import (
     ConfigurationError,
     DataError,
     InputError,
     PathlineError,
     ProcessError,
-    UnknownNameError,
-    suggest,
 )
 from pathline.metrics import Real, Record, Reference, comparison, models, results
-from pathline.metrics.evaluation import Evaluation, component
+from pathline.metrics.evaluation import Evaluation
 from pathline.metrics.report import Judge, measure_model, measure_samples, summary, table
 from pathline.metrics.samples import Samples
 from pathline.training import sampling
 from pathline.training.manifest import STATE, SUFFIX
-from pathline.training.measuring import Unseen, measure_in_all
-from pathline.training.options import options_of, with_options
-from pathline.training.workers import Told, Workers
+from pathline.training.measuring import Unseen, device_of, measure_in_all, workers_for
+from pathline.training.options import are_of_models, options_of, with_options
+from pathline.training.workers import Told
 
 BATCH, SEED = 64, 0
 ADM = ("fid", "sfid", "inception-score", "precision-recall")  # what a table of ImageNet holds
@@ -120,7 +116,7 @@ def _measure(given: argparse.Namespace) -> None:
     """Measure what is named, print tables, and write ``….metrics.json`` beside it."""
     cpu = time.process_time()
     names = None if given.metrics is None else [name for name in given.metrics.split(",") if name]
-    of_models = bool(names) and _are_of_models(names or ())
+    of_models = bool(names) and are_of_models(names or ())
     _check_words(given, of_models)
     torch.set_num_threads(given.threads)
     warnings.filterwarnings("ignore", module="pathline.metrics.frechet")  # records have it, and are told with the file
@@ -155,24 +151,6 @@ def _check_words(given: argparse.Namespace, of_models: bool) -> None:
         raise ConfigurationError(f"got --output for {len(given.samples)} files; call one after the other")
 
 
-def _are_of_models(names: Sequence[str]) -> bool:
-    """Whether metrics are of models, not of samples.
-
-    Raises:
-        UnknownNameError: one is neither.
-        ConfigurationError: some are, others not.
-    """
-    of_models, of_samples = set(models.registry.names()), set(metrics.names())
-    bare = [component(name)["name"] for name in names]
-    unknown = [name for name in bare if name not in of_models | of_samples | metrics.registry.aliases().keys()]
-    if unknown:
-        raise UnknownNameError(f"unknown metric {unknown[0]!r}; {suggest(unknown[0], of_models | of_samples)}")
-    told = [name for name in bare if name in of_models]
-    if told and len(told) < len(bare):
-        raise ConfigurationError(f"got {', '.join(told)} of models beside metrics of samples; call one after the other")
-    return bool(told)
-
-
 # --- samples ---------------------------------------------------------------------------------------------------------
 
 
@@ -188,8 +166,9 @@ def _measure_samples(given: argparse.Namespace, names: Sequence[str] | None) -> 
         return True
     asked = names or ADM
     options, batch = options_of(given.option, asked), given.batch or BATCH
-    built, workers = with_options(asked, options), _workers(given, read)
-    device = _device(given) if workers is None else workers.device
+    built, fewest = with_options(asked, options), min(given.count or samples.count for samples in read)
+    workers = workers_for(given.devices, given.device, fewest)
+    device = device_of(given.device) if workers is None else workers.device
 
     def make() -> Evaluation:
         return Evaluation(built, reference, device, features=options)
@@ -202,16 +181,6 @@ def _measure_samples(given: argparse.Namespace, names: Sequence[str] | None) -> 
         elif found := measure_in_all(fresh, samples, count, batch, workers):
             _report(samples, found, given.output)
     return workers is None or workers.rank == 0
-
-
-def _workers(given: argparse.Namespace, read: Sequence[Samples]) -> Workers | None:
-    """Return the processes that share the samples; None for this one alone."""
-    if given.devices in (None, 1):
-        return None
-    fewest = min(given.count or samples.count for samples in read)
-    if fewest < given.devices:
-        raise ConfigurationError(f"got --devices {given.devices} for {fewest} samples; set it lower")
-    return Workers(given.devices, given.device or "auto", "--devices")
 
 
 def _opened(path: Path, count: int | None) -> Samples:
@@ -279,22 +248,13 @@ def _how(samples: Samples) -> str:
     return "".join(f", {unit}{word}" for unit, word in words.items() if word is not None)
 
 
-def _device(given: argparse.Namespace) -> torch.device:
-    if given.device is None:
-        return Fabric(accelerator="auto", devices=1).device
-    try:
-        return torch.empty(0, device=given.device).device
-    except (RuntimeError, AssertionError) as error:  # the second is torch's word for a build without CUDA
-        raise ConfigurationError(f"got device {given.device!r}, which is not here; leave it out, or use cpu") from error
-
-
 # --- models ----------------------------------------------------------------------------------------------------------
 
 
 def _measure_models(given: argparse.Namespace, names: Sequence[str]) -> None:
     """Measure one model on data that it has not seen, where its data set has such; else on what it was trained on."""
     path = sampling.find(Path(given.samples[0]), _warn)
-    unseen = Unseen.of(path, given.samples[1:], _device(given))
+    unseen = Unseen.of(path, given.samples[1:], device_of(given.device))
     flow, dataset = unseen.flow, unseen.dataset
     options = options_of(given.option, names)
     built = [models.build(name, **options.get(name, {})) for name in names]

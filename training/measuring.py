@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning_fabric import Fabric
 from safetensors.torch import load, save
 
 from pathline import data
+from pathline.core.errors import ConfigurationError
 from pathline.core.flow import Flow
 from pathline.data import Dataset
 from pathline.metrics.base import Record
@@ -22,7 +24,35 @@ from pathline.training.released import ReleasedConfiguration
 from pathline.training.trained import average_of, identity
 from pathline.training.workers import Workers
 
-__all__ = ["Unseen", "measure_in_all"]
+__all__ = ["Unseen", "device_of", "measure_in_all", "workers_for"]
+
+
+def device_of(name: str | None) -> torch.device:
+    """Return a device by name; of None the first GPU, or the processor. Raises ConfigurationError if it is not here."""
+    if name is None:
+        return Fabric(accelerator="auto", devices=1).device
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # the second is torch's word for a build without CUDA
+        raise ConfigurationError(f"got device {name!r}, which is not here; leave it out, or use cpu") from error
+
+
+def workers_for(devices: int | None, kind: str | None, fewest: int) -> Workers | None:
+    """Return the processes that share samples; None for this one alone.
+
+    Args:
+        devices: number of them.
+        kind: ``cpu`` or ``cuda``; None is whatever there is.
+        fewest: samples that they share.
+
+    Raises:
+        ConfigurationError: more processes than samples, or devices that are not here.
+    """
+    if devices is None or devices == 1:
+        return None
+    if fewest < devices:
+        raise ConfigurationError(f"got --devices {devices} for {fewest} samples; set it lower")
+    return Workers(devices, kind or "auto", "--devices")
 
 
 def measure_in_all(
