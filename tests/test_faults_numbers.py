@@ -105,7 +105,7 @@ class Injector:
                 gradient.view(-1)[self.place] = self.value
             return gradient
 
-        bad_loss.mixes_samples = objective.mixes_samples
+        bad_loss.mixes_samples, bad_loss.predicts = objective.mixes_samples, objective.predicts
         dataset.batch, dataset.indices_at = bad_batch, bad_indices
         state.parts = dataclasses.replace(state.parts, objective=bad_loss)
         parameters[self.place % len(parameters)].register_hook(bad_gradient)

@@ -48,16 +48,19 @@ class Described(Dataset):
 
     Args:
         state: of a checkpoint, or of the file beside exported weights.
+        where: that is, for errors.
 
     Raises:
         CheckpointError: what it tells cannot be.
     """
 
-    def __init__(self, state: Mapping[str, Any]) -> None:
+    def __init__(self, state: Mapping[str, Any], where: Path | None = None) -> None:
         try:
             told = _Samples.model_validate(state["samples"])
         except (ValidationError, KeyError) as error:
-            raise CheckpointError(f"got a trained model that tells of samples which cannot be ({error})") from error
+            raise CheckpointError(
+                f"got {where or 'a trained model'}, which tells of samples which cannot be ({error}); use another one"
+            ) from error
         self.shape, self.num_classes = told.shape, told.num_classes
         self.data_are_images, self.latents_of = told.data_are_images, told.latents_of
         self._manifest, self._statistics = dict(state.get("data") or {}), dict(state.get("statistics") or {})
@@ -101,4 +104,4 @@ def read_trained(path: Path) -> Trained:
         ConfigurationError: it names what is not installed here.
     """
     state = read_record(path) if path.is_file() else checkpoints.read_state(path)
-    return Trained(resolve(state["configuration"]), Described(state) if "samples" in state else None)
+    return Trained(resolve(state["configuration"]), Described(state, path) if "samples" in state else None)

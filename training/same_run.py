@@ -47,7 +47,8 @@ def check_same_run(
     if isinstance(saved.get("statistics"), dict):
         changed += _changes_of_statistics(saved["statistics"], told["statistics"])
     if "samples" in saved:
-        changed += [f"the data's samples: {line}" for line in changes_of_samples(Described(saved), parts.dataset)]
+        changes = changes_of_samples(Described(saved, path), parts.dataset)
+        changed += [f"the data's samples: {line}" for line in changes]
     encoded: list[dict[str, Any]] = saved["encoders"]
     for number, (then, source) in enumerate(zip(encoded, parts.encoders, strict=False)):  # their number is configured
         changed += _changes(f"the encoders.{number}'s", then, source.manifest)

@@ -221,7 +221,7 @@ def load_weights(state: State, path: Path) -> None:
         checkpoint = checkpoints.find(path)
         saved = checkpoints.read_state(checkpoint)
         weights = checkpoints.read_group(checkpoint, resolve(saved["configuration"]).ema.names[0])
-    changed = changes_of_samples(Described(saved), state.parts.dataset, shaped=()) if "samples" in saved else []
+    changed = changes_of_samples(Described(saved, path), state.parts.dataset, shaped=()) if "samples" in saved else []
     if changed:
         raise CheckpointError(
             f"got train.initialize_from {path}, a model of other data than this run's ({'; '.join(changed)}); give one "
